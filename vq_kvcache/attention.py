@@ -1,0 +1,144 @@
+"""Attention over a snapshot: exact tokens and packed codes, merged by their running maximum and sum.
+
+The packed part is never turned back: queries go into the basis of the codes, results come out of it. Source of the
+merge: online softmax (Milakov & Gimelshein, arXiv 1805.02867), as in FlashAttention.
+"""
+
+from typing import Literal
+
+import mlx.core as mx
+
+from .spectral.intercept import original_attention
+from .storage import Snapshot
+
+Mask = mx.array | Literal["causal"] | None
+
+# Temporaries beyond a few MB leave the cache of a CPU, and beyond 32 MB cost it page faults (7-13 times slower).
+TILE_BYTES = 4 << 20
+LOWEST = -1e30  # stands for minus infinity: finite, so that rows without any visible key stay free of NaN
+
+
+def attend_reference(
+    snapshot: Snapshot, queries: mx.array, scale: float, mask: Mask = None, sinks: mx.array | None = None
+) -> mx.array:
+    """The definition of correct: decode everything, then one scaled_dot_product_attention. Shapes as in `attend`."""
+    keys, values = snapshot.decoded()
+    return original_attention()(queries, keys, values, scale=scale, mask=mask, sinks=sinks)
+
+
+def attend(
+    snapshot: Snapshot, queries: mx.array, scale: float, mask: Mask = None, sinks: mx.array | None = None
+) -> mx.array:
+    """Attention of queries [B, Hq, L, D] over the snapshot -> [B, Hq, L, Dv] in the queries' dtype.
+
+    mask: None, "causal" (aligned at the last token), or an array that broadcasts to [B, Hq, L, T]: bool (True is
+    visible) or additive. sinks: a logit [Hq] of every query that takes weight and gives nothing (attention sinks).
+    """
+    if not snapshot.packed:
+        keys, values = snapshot.exact_keys, snapshot.exact_values
+        return original_attention()(queries, keys, values, scale=scale, mask=mask, sinks=sinks)
+    batch, query_heads, length, dims = queries.shape
+    heads = snapshot.exact_keys.shape[1]
+    rows = (batch, heads, query_heads // heads * length, dims)  # the queries of a group attend to the same codes
+    q = queries.astype(mx.float32).reshape(rows) * scale
+    visible = _Visible(mask, snapshot.length, length, query_heads, heads)
+    merged = _packed_part(snapshot, q, visible)
+    merged = _exact_part(snapshot, q, visible, merged)
+    if sinks is not None:
+        logit = mx.broadcast_to(sinks.astype(mx.float32)[:, None], (query_heads, length)).reshape(1, heads, -1, 1)
+        merged = _merge(merged, logit, mx.ones_like(logit), None)
+    _, total, output = merged
+    return (output / total).reshape(batch, query_heads, length, -1).astype(queries.dtype)
+
+
+Running = tuple[mx.array, mx.array, mx.array]
+
+
+def _packed_part(snapshot: Snapshot, q: mx.array, visible: "_Visible") -> Running:
+    folded, constant = snapshot.key_quantizer.fold_queries(q)
+    running: Running | None = None
+    tokens, first = snapshot.packed_tokens, snapshot.sinks
+    tile = _tile_tokens(snapshot, q.shape[0] * q.shape[1] * q.shape[2])
+    for start in range(0, tokens, tile):
+        end = min(start + tile, tokens)
+        key_words, value_words = snapshot.words(start, end)
+        scores = folded @ snapshot.key_quantizer.decode_levels(key_words) + constant
+        scores = visible.hide(scores, first + start, first + end)
+        levels = snapshot.value_quantizer.decode_levels(value_words)
+        running = _attend_tile(running, scores, levels.swapaxes(-1, -2))
+    assert running is not None  # attend() is called with something packed
+    top, total, output = running
+    return top, total, snapshot.value_quantizer.unfold_outputs(output, total)
+
+
+def _exact_part(snapshot: Snapshot, q: mx.array, visible: "_Visible", running: Running) -> Running:
+    sinks, packed = snapshot.sinks, snapshot.packed_tokens
+    keys, values = snapshot.exact_keys.astype(mx.float32), snapshot.exact_values.astype(mx.float32)
+    tokens = keys.shape[2]
+    tile = max(BLOCK_OF_SCORES // max(q.shape[0] * q.shape[1] * q.shape[2], 1), 64)
+    # Sinks and window are apart in the sequence, so a tile never spans both.
+    edges = [0, *range(sinks, tokens, tile), tokens] if sinks else [*range(0, tokens, tile), tokens]
+    for start, end in zip(edges, edges[1:], strict=False):
+        shift = 0 if start < sinks else packed
+        scores = q @ keys[:, :, start:end].swapaxes(-1, -2)
+        scores = visible.hide(scores, start + shift, end + shift)
+        running = _attend_tile(running, scores, values[:, :, start:end])
+    return running
+
+
+BLOCK_OF_SCORES = TILE_BYTES // 4
+
+
+def _tile_tokens(snapshot: Snapshot, score_rows: int) -> int:
+    """Tokens whose levels, and whose scores, stay within TILE_BYTES; a multiple of 64, at least 64."""
+    per_token = snapshot.exact_keys.shape[0] * snapshot.exact_keys.shape[1] * max(
+        snapshot.exact_keys.shape[3], snapshot.exact_values.shape[3]
+    )  # fmt: skip
+    return int(max(TILE_BYTES // (4 * max(per_token, score_rows)) // 64 * 64, 64))
+
+
+def _attend_tile(running: Running | None, scores: mx.array, values: mx.array) -> Running:
+    """Merge scores [B, H, R, t] and values [B, H, t, N] into (maximum, sum of weights, sum of weighted values)."""
+    top = mx.maximum(scores.max(axis=-1, keepdims=True), LOWEST)
+    weights = mx.exp(scores - top)
+    total, output = weights.sum(axis=-1, keepdims=True), weights @ values
+    return (top, total, output) if running is None else _merge(running, top, total, output)
+
+
+def _merge(running: Running, top: mx.array, total: mx.array, output: mx.array | None) -> Running:
+    old_top, old_total, old_output = running
+    new_top = mx.maximum(old_top, top)
+    old_scale, scale = mx.exp(old_top - new_top), mx.exp(top - new_top)
+    merged = old_output * old_scale
+    return new_top, old_total * old_scale + total * scale, merged if output is None else merged + output * scale
+
+
+class _Visible:
+    """Which of the T positions each query may see, a range of positions at a time."""
+
+    def __init__(self, mask: Mask, positions: int, length: int, query_heads: int, heads: int) -> None:
+        self._positions, self._length, self._heads = positions, length, heads
+        self._group = query_heads // heads
+        self._mask = mask
+        if isinstance(mask, mx.array):
+            wide = mask.reshape((1,) * (4 - mask.ndim) + mask.shape)
+            shape = (wide.shape[0], heads, self._group) if wide.shape[1] == query_heads else (wide.shape[0], 1, 1)
+            self._mask = wide.reshape(*shape, *wide.shape[2:])
+
+    def hide(self, scores: mx.array, start: int, end: int) -> mx.array:
+        """Scores [B, H, G * L, end - start] with those of positions that are not visible lowered."""
+        if self._mask is None or self._length == 1 and isinstance(self._mask, str):
+            return scores
+        if isinstance(self._mask, str):
+            first = self._positions - self._length  # position of the first query
+            if end - 1 <= first:
+                return scores
+            mask = mx.arange(first, self._positions)[:, None] >= mx.arange(start, end)[None]
+        else:
+            mask = self._mask if self._mask.shape[-1] == 1 else self._mask[..., start:end]
+        grouped = scores.reshape(scores.shape[0], self._heads, self._group, self._length, end - start)
+        if mask.dtype == mx.bool_:
+            grouped = mx.where(mask, grouped, LOWEST)
+        else:
+            grouped = mx.maximum(grouped + mask.astype(mx.float32), LOWEST)
+        return grouped.reshape(scores.shape)

@@ -1,0 +1,357 @@
+"""SpectralKVCache: mlx-lm's cache protocol over a Storage."""
+
+import dataclasses
+import json
+import os
+from collections.abc import Callable
+from typing import Any
+
+import mlx.core as mx
+from mlx_lm.models.cache import KVCache, create_attention_mask
+
+from .attention import attend
+from .spectral.codec import Codec, CodecError, Plan, find_codec
+from .spectral.intercept import Handle
+from .spectral.spectral_quant import Quantizer, RawQuantizer
+from .storage import BLOCK, LAG, Chunk, Snapshot, Storage
+
+LOSSLESS = Plan("lossless", "", {})
+# mlx-lm before 0.32 keeps scalars of a state apart, in `meta_state`; later ones keep them inside. Detected, not compared.
+SPLIT_STATE = hasattr(KVCache, "meta_state")
+
+_plans: dict[str, Plan] = {LOSSLESS.name: LOSSLESS}
+
+
+def register_plan(plan: Plan) -> Plan:
+    """Make a plan findable by the prompt caches that name it."""
+    return _plans.setdefault(plan.name, plan)
+
+
+def find_plan(name: str, fingerprint: str) -> Plan:
+    """The plan a saved cache names: one in use in this process, or that of the stored codec of its model."""
+    if name in _plans:
+        return _plans[name]
+    identity, _, bits = name.partition("@")
+    codec = find_codec(fingerprint) if fingerprint else None
+    if codec is None or codec.identity != identity:
+        raise CodecError(
+            f"the saved prompt cache was packed by codec {identity} of model {fingerprint or 'unknown'}, which is not "
+            "here; expected it in the codec folder or attached to the model; load that codec first."
+        )
+    return register_plan(codec.plan(float(bits)))
+
+
+@dataclasses.dataclass(frozen=True)
+class CacheOptions:
+    """How a spectral cache is to be made; ValueError names the option that is out of range.
+
+    bits_per_value: stored bits per cached number, 0.25 to 8, padding included.  window: newest tokens kept exact.
+    sinks: first tokens kept exact.  codec: a Codec, a file, or None to find or make the model's own.  lossless: store
+    raw bits instead (a test of everything but the quantizer).
+    """
+
+    bits_per_value: float = 2.0
+    window: int = 128
+    sinks: int = 4
+    codec: Codec | str | os.PathLike[str] | None = None
+    lossless: bool = False
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.bits_per_value, int | float) or not 0.25 <= self.bits_per_value <= 8:
+            raise ValueError(f"bits_per_value is {self.bits_per_value!r}; expected a number from 0.25 to 8.")
+        for name in ("window", "sinks"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+                raise ValueError(f"{name} is {value!r}; expected a whole number of tokens, 0 or more.")
+        if not isinstance(self.codec, Codec | str | os.PathLike | None):
+            raise ValueError(f"codec is a {type(self.codec).__name__}; expected a Codec, a file name or None.")
+
+
+class _View:
+    """Source of the handles of one append."""
+
+    def __init__(self, snapshot: Snapshot) -> None:
+        self.snapshot = snapshot
+
+    def attention(
+        self, queries: mx.array, keys: Handle, values: mx.array, original: Callable[..., mx.array], **options: Any
+    ) -> mx.array:
+        paired = isinstance(values, Handle) and values.source is self and (keys.part, values.part) == ("keys", "values")
+        if not paired:  # a model that attends to something else with these keys: the handle is the decoded array
+            return original(queries, keys, values, **options)
+        return attend(self.snapshot, queries, options["scale"], options.get("mask"), options.get("sinks"))
+
+
+class SpectralKVCache(KVCache):  # type: ignore[misc]  # mlx-lm is untyped
+    """Keys and values of one layer: first tokens and newest tokens exact, the rest packed.
+
+    Made by `vq_kvcache.make_prompt_cache`, or per layer from a plan: `SpectralKVCache(codec.plan(2.0), layer=3)`.
+    Subclasses mlx-lm's KVCache for its isinstance checks, overrides every public member and inherits none.
+    """
+
+    step = BLOCK
+
+    def __init__(self, plan: Plan | None = None, layer: int = 0, window: int = 128, sinks: int = 4) -> None:
+        if plan is None:
+            raise ValueError(
+                "SpectralKVCache was made without a plan; expected a codec's; use vq_kvcache.make_prompt_cache(model)."
+            )
+        if plan is not LOSSLESS and layer not in plan.layers:
+            raise CodecError(f"the codec has no layer {layer}; it has {sorted(plan.layers)}; use this model's codec.")
+        self._plan: Plan | None = plan
+        self._plan_name, self._fingerprint, self._layer = plan.name, plan.fingerprint, layer
+        self._window, self._sinks = window, sinks
+        self._storage: Storage | None = None
+
+    @staticmethod
+    def with_options(
+        bits_per_value: float = 2.0,
+        window: int = 128,
+        sinks: int = 4,
+        codec: Codec | str | os.PathLike[str] | None = None,
+        lossless: bool = False,
+    ) -> CacheOptions:
+        """Options to pass as `cache=` in place of the class."""
+        return CacheOptions(bits_per_value, window, sinks, codec, lossless)
+
+    # -- what a model calls
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        """Append keys [B, H, L, Dk] and values [B, H, L, Dv]; return handles on all of them."""
+        storage = self._storage_for(keys, values)
+        storage.append(keys, values)
+        if keys.shape[2] > LAG:  # within a prompt chunk, queries see the chunk itself exact
+            snapshot = storage.snapshot()
+            storage.seal()
+        else:
+            storage.seal()
+            snapshot = storage.snapshot()
+        return _handles(snapshot)
+
+    def keys_and_values(self) -> tuple[mx.array, mx.array]:
+        """Handles on everything held, without appending."""
+        if self._storage is None:
+            raise ValueError("the cache is empty; expected keys and values; append some first.")
+        return _handles(self._storage.snapshot())
+
+    def make_mask(self, *args: Any, **kwargs: Any) -> Any:
+        """As mlx-lm's KVCache: None, "causal" or a bool array."""
+        return create_attention_mask(*args, offset=self.offset, **kwargs)
+
+    @property
+    def offset(self) -> int:
+        """Tokens held."""
+        return 0 if self._storage is None else self._storage.length
+
+    def size(self) -> int:
+        """Tokens held."""
+        return self.offset
+
+    def empty(self) -> bool:
+        """True before the first append."""
+        return self._storage is None
+
+    def is_trimmable(self) -> bool:
+        """True: codes are cut at any token."""
+        return True
+
+    def trim(self, n: int) -> int:
+        """Drop the newest n tokens, at most all; return how many went."""
+        return 0 if self._storage is None else self._storage.trim(n)
+
+    @property
+    def nbytes(self) -> int:
+        """Sum of the held arrays' nbytes; the codec, shared by all caches of a model, is in `stats`."""
+        return 0 if self._storage is None else self._storage.nbytes
+
+    # -- what mlx-lm finds on a KVCache and must not find here
+
+    @property
+    def to_quantized(self) -> Any:
+        """Hidden: mlx-lm would turn this cache into its own quantized one."""
+        raise AttributeError("a SpectralKVCache is quantized already; expected no --kv-bits; use --kv-avg-bits.")
+
+    @property
+    def merge(self) -> Any:
+        """Hidden: no batches yet, and mlx-lm takes whatever has `merge` for a cache that can be batched."""
+        raise AttributeError("a SpectralKVCache cannot be merged into a batch yet; serve the requests one by one.")
+
+    # -- what pipelines touch
+
+    @property
+    def keys(self) -> mx.array | None:
+        """The exact keys' buffer [B, H, capacity, Dk]: pipelines hang dependencies on it. Not all keys: see
+        `to_kvcache`."""
+        return None if self._storage is None else self._storage.exact_keys
+
+    @keys.setter
+    def keys(self, value: mx.array) -> None:
+        self._buffers().exact_keys = value
+
+    @property
+    def values(self) -> mx.array | None:
+        """The exact values' buffer [B, H, capacity, Dv]."""
+        return None if self._storage is None else self._storage.exact_values
+
+    @values.setter
+    def values(self, value: mx.array) -> None:
+        self._buffers().exact_values = value
+
+    # -- copies and files
+
+    @property
+    def state(self) -> Any:
+        """Everything held, as arrays and one string that says what they are (mlx-lm < 0.32: arrays alone)."""
+        arrays = [] if self._storage is None else self._storage.arrays
+        return list(arrays) if SPLIT_STATE else [self._describe(), *arrays]
+
+    @state.setter
+    def state(self, value: Any) -> None:
+        items = list(value)
+        if not SPLIT_STATE:
+            self._read_description(items.pop(0))
+        self._restore(items)
+
+    @property
+    def meta_state(self) -> Any:
+        """The string of `state`, where mlx-lm keeps it apart."""
+        return self._describe()
+
+    @meta_state.setter
+    def meta_state(self, value: Any) -> None:
+        self._read_description(value)
+
+    @classmethod
+    def from_state(cls, state: Any, meta_state: Any = None) -> "SpectralKVCache":
+        """A cache from what `state` (and `meta_state`) gave; its codec is looked up when it is first used."""
+        cache = cls.__new__(cls)
+        cache._storage = None
+        if SPLIT_STATE:
+            cache.meta_state = meta_state
+        cache.state = state
+        return cache
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "SpectralKVCache":
+        twin = type(self).__new__(type(self))
+        twin.__dict__.update(self.__dict__)
+        twin._storage = None if self._storage is None else self._storage.copy()
+        return twin
+
+    @classmethod
+    def from_cache(cls, kv: KVCache, like: "SpectralKVCache") -> "SpectralKVCache":
+        """Pack what an mlx-lm KVCache holds, with the plan, window and sinks of `like`, a cache of the same layer."""
+        if not hasattr(kv, "keys_and_values") and not isinstance(kv, KVCache):
+            raise ValueError(f"a {type(kv).__name__} was given; expected mlx-lm's KVCache.")
+        cache = cls(like._require_plan(), like._layer, like._window, like._sinks)
+        if kv.keys is not None and kv.offset:
+            cache.update_and_fetch(kv.keys[..., : kv.offset, :], kv.values[..., : kv.offset, :])
+        return cache
+
+    def to_kvcache(self) -> KVCache:
+        """mlx-lm's KVCache with the decoded keys and values."""
+        cache = KVCache()
+        if self._storage is not None:
+            cache.keys, cache.values = self._storage.snapshot().decoded()
+            cache.offset = self.offset
+        return cache
+
+    def stats(self) -> dict[str, int]:
+        """Tokens and bytes: packed_tokens, exact_tokens, code_bytes, sink_bytes, window_bytes (these three make
+        nbytes, reserved capacity included) and codec_bytes, this layer's transforms."""
+        quantizers = self._plan.layers.get(self._layer) if self._plan is not None else None
+        result = {"packed_tokens": 0, "exact_tokens": 0, "code_bytes": 0, "sink_bytes": 0, "window_bytes": 0}
+        result["codec_bytes"] = 0 if quantizers is None else quantizers.nbytes
+        if (storage := self._storage) is None or self.keys is None:
+            return result
+        exact = sum(a.nbytes for a in (self.keys, self.values))
+        sinks = exact // self.keys.shape[2] * storage.held_sinks
+        result.update(
+            packed_tokens=storage.packed_tokens, exact_tokens=storage.exact_tokens,
+            code_bytes=storage.nbytes - exact, sink_bytes=sinks, window_bytes=exact - sinks,
+        )  # fmt: skip
+        return result
+
+    # -- inside
+
+    def _require_plan(self) -> Plan:
+        if self._plan is None:
+            self._plan = find_plan(self._plan_name, self._fingerprint)
+        return self._plan
+
+    def _quantizers(self, keys: mx.array, values: mx.array) -> tuple[Quantizer, Quantizer]:
+        layer = self._require_plan().layers.get(self._layer)
+        pair = []
+        for name, x in (("keys", keys), ("values", values)):
+            quantizer = None if layer is None else getattr(layer, name)
+            heads, dims = x.shape[1], x.shape[3]
+            if quantizer is None:
+                pair.append(RawQuantizer(heads, dims, x.dtype))
+                continue
+            if (quantizer.layout.heads, quantizer.head_dim) != (heads, dims):
+                raise CodecError(
+                    f"{name} have {heads} heads of {dims}; the codec is for {quantizer.layout.heads} of "
+                    f"{quantizer.head_dim}; use this model's codec."
+                )
+            pair.append(quantizer)
+        return pair[0], pair[1]
+
+    def _storage_for(self, keys: mx.array, values: mx.array) -> Storage:
+        if self._storage is None:
+            self._storage = Storage(*self._quantizers(keys, values), self._window, self._sinks)
+        return self._storage
+
+    def _buffers(self) -> Storage:
+        if self._storage is None:
+            raise ValueError("the cache is empty; expected keys and values; append some first.")
+        return self._storage
+
+    def _describe(self) -> str:
+        storage = self._storage
+        held = {} if storage is None else {
+            "exact_tokens": storage.exact_tokens, "held_sinks": storage.held_sinks,
+            "chunks": [chunk.tokens for chunk in storage.chunks],
+        }  # fmt: skip
+        settings = {
+            "plan": self._plan_name, "fingerprint": self._fingerprint, "layer": self._layer,
+            "window": self._window, "sinks": self._sinks,
+        }  # fmt: skip
+        return json.dumps({"format": 1, **settings, **held})
+
+    def _read_description(self, text: Any) -> None:
+        try:
+            fields = json.loads(text)
+            if fields["format"] != 1:
+                raise ValueError(f"format {fields['format']}")
+            self._plan = None
+            self._plan_name, self._fingerprint = str(fields["plan"]), str(fields["fingerprint"])
+            self._layer, self._window, self._sinks = (int(fields[n]) for n in ("layer", "window", "sinks"))
+            self._held = fields
+        except (TypeError, ValueError, KeyError) as error:
+            raise ValueError(
+                f"the saved state is not a SpectralKVCache's ({error}); expected one of this version; make it again."
+            ) from None
+
+    def _restore(self, arrays: list[mx.array]) -> None:
+        held = self.__dict__.pop("_held", None) or json.loads(self._describe())
+        if "chunks" not in held:
+            self._storage = None
+            return
+        tokens = [int(n) for n in held["chunks"]]
+        if len(arrays) != 2 + 2 * len(tokens) or any(a.ndim != 4 for a in arrays[:2]):
+            raise ValueError(
+                f"the saved state holds {len(arrays)} arrays; expected {2 + 2 * len(tokens)}; the file is damaged."
+            )
+        storage = Storage(*self._quantizers(arrays[0], arrays[1]), self._window, self._sinks)
+        storage.exact_keys, storage.exact_values = arrays[:2]
+        storage.exact_tokens, storage.held_sinks = int(held["exact_tokens"]), int(held["held_sinks"])
+        storage.chunks = [Chunk(k, v, n) for k, v, n in zip(arrays[2::2], arrays[3::2], tokens, strict=True)]
+        storage.check()
+        self._storage = storage
+
+
+def _handles(snapshot: Snapshot) -> tuple[mx.array, mx.array]:
+    if not snapshot.packed:
+        return snapshot.exact_keys, snapshot.exact_values
+    view = _View(snapshot)
+    keys, values = snapshot.decoded()
+    return Handle(keys, view, "keys"), Handle(values, view, "values")

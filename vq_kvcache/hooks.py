@@ -1,0 +1,399 @@
+"""How a spectral cache gets into mlx-lm: with spectral/intercept.py, the only file that alters mlx-lm or MLX.
+
+Three names of mlx-lm are replaced, always through their modules: `generate_step` and `speculative_generate_step`, which
+take `cache=`, and `utils.load_model`, which attaches what it loads. `uninstall` puts all of them back.
+"""
+
+import contextlib
+import functools
+import importlib
+import inspect
+import os
+import types
+import warnings
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import mlx.core as mx
+from mlx_lm.models import cache as mlx_lm_cache
+from mlx_lm.models.cache import KVCache
+
+from .cache import LOSSLESS, CacheOptions, SpectralKVCache, register_plan
+from .spectral import intercept
+from .spectral.calibrate import codec_for
+from .spectral.codec import Codec, CodecError, Plan, fingerprint, plan_of_rotations
+from .spectral.rotation_files import load_cached_rotations
+from .spectral.spectral_quant import SpectralRotation
+
+CacheChoice = type[KVCache] | CacheOptions | Sequence[Any]
+SUPPORTED = "mlx-lm 0.31.3 to 0.32"
+
+
+class Attachment:
+    """What a model was given by `attach`: how to find its plan, and the options its caches are made with."""
+
+    def __init__(self, tokenizer: Any, options: CacheOptions, plan: Plan | None) -> None:
+        self.tokenizer, self.options, self._fixed = tokenizer, options, plan
+        self._codec: Codec | None = None
+
+    def plan(self, model: Any, options: CacheOptions) -> Plan:
+        """The plan for these options; finds or calibrates the codec on first use."""
+        if options.lossless:
+            return LOSSLESS
+        if self._fixed is not None and options.codec is None:
+            return self._fixed
+        codec = options.codec
+        if isinstance(codec, str | os.PathLike):
+            codec = Codec.load(codec)
+        if codec is not None:
+            if codec.fingerprint != (name := fingerprint(model)):
+                raise CodecError(f"the codec is of model {codec.fingerprint}; this model is {name}; use its own codec.")
+        elif self._codec is None:
+            codec = self._codec = codec_for(model, self.tokenizer)
+        else:
+            codec = self._codec
+        return register_plan(codec.plan(float(options.bits_per_value)))
+
+
+def _attachment(model: Any) -> Attachment | None:
+    found = getattr(model, "_vq_kvcache", None)
+    return found if isinstance(found, Attachment) else None
+
+
+def own_caches(model: Any, max_kv_size: int | None = None) -> list[Any]:
+    """The caches that mlx-lm itself gives this model."""
+    make_cache = getattr(type(model), "make_cache", None)  # the class's own: the instance's may be ours
+    if make_cache is not None and max_kv_size is None:
+        return list(make_cache(model))
+    plain = types.SimpleNamespace(layers=model.layers)
+    return list(mlx_lm_cache.make_prompt_cache(plain, max_kv_size))
+
+
+def make_prompt_cache(
+    model: Any, max_kv_size: int | None = None, cache: CacheChoice = SpectralKVCache, *, tokenizer: Any = None
+) -> list[Any]:
+    """Caches for one prompt: spectral ones for full-attention layers, the model's own for the others.
+
+    cache: SpectralKVCache, `SpectralKVCache.with_options(...)`, mlx-lm's KVCache, or a list of caches (returned as it
+    is). With `max_kv_size` old tokens are dropped by mlx-lm's RotatingKVCache and nothing is packed; a warning says so.
+    """
+    if isinstance(cache, Sequence):
+        return list(cache)
+    if max_kv_size is not None:
+        warnings.warn(
+            f"max_kv_size={max_kv_size} drops old tokens instead of packing them: the spectral cache is off.",
+            stacklevel=2,
+        )
+        return own_caches(model, max_kv_size)
+    if isinstance(cache, type) and issubclass(cache, SpectralKVCache):
+        attached = _attachment(model)
+        cache = attached.options if attached else CacheOptions()
+    elif isinstance(cache, type) and issubclass(cache, KVCache):
+        return own_caches(model)
+    if not isinstance(cache, CacheOptions):
+        raise ValueError(f"cache is {cache!r}; expected SpectralKVCache, its with_options(...), or a list of caches.")
+    _require_dispatch()
+    attachment = _attachment(model) or Attachment(tokenizer, cache, None)
+    if attachment.tokenizer is None:
+        attachment.tokenizer = tokenizer
+    return _spectral_caches(model, attachment.plan(model, cache), cache)
+
+
+def _spectral_caches(model: Any, plan: Plan, options: CacheOptions) -> list[Any]:
+    def choose(index: int, own: Any) -> Any:
+        if type(own) is not KVCache or not (plan is LOSSLESS or index in plan.layers):
+            return own
+        return SpectralKVCache(plan, index, options.window, options.sinks)
+
+    return [choose(i, own) for i, own in enumerate(own_caches(model))]
+
+
+# -- one model
+
+
+def attach(
+    model: Any,
+    tokenizer: Any = None,
+    *,
+    cache: CacheOptions | type[SpectralKVCache] = SpectralKVCache,
+    rotations: str | os.PathLike[str] | list[SpectralRotation] | None = None,
+    signal_bits: int = 4,
+    noise_bits: int = 1,
+    use_water_filling: bool = False,
+) -> Any:
+    """Give `model` spectral caches wherever mlx-lm makes a prompt cache for it; returns the model.
+
+    With `rotations` (a folder of `save_rotations`, or a list) each layer is packed by
+    SpectralQuantizer(rotation, signal_bits, noise_bits, use_water_filling); without, by the model's codec, which is
+    found or calibrated when the first cache is asked for. `tokenizer` (or a function that loads it) is needed for that.
+    """
+    options = CacheOptions() if isinstance(cache, type) else cache
+    plan = None
+    if rotations is not None:
+        plan = register_plan(_plan_of(model, rotations, signal_bits, noise_bits, use_water_filling))
+    model._vq_kvcache = Attachment(tokenizer, options, plan)
+    model.make_cache = functools.partial(make_prompt_cache, model)
+    _attached.append(weakref.ref(model))
+    _require_dispatch()
+    _replace_generation()
+    return model
+
+
+def detach(model: Any) -> None:
+    """Undo `attach`: the model makes its own caches again."""
+    for name in ("_vq_kvcache", "make_cache"):
+        if name in vars(model):
+            delattr(model, name)
+
+
+def load(path_or_hf_repo: str, *args: Any, rotations: Any = None, **kwargs: Any) -> Any:
+    """`mlx_lm.load`, then `attach`; takes the options of both and returns what mlx_lm.load returns."""
+    from mlx_lm import load as mlx_lm_load
+
+    names = ("cache", "signal_bits", "noise_bits", "use_water_filling")
+    ours = {name: kwargs.pop(name) for name in names if name in kwargs}
+    loaded = mlx_lm_load(path_or_hf_repo, *args, **kwargs)
+    attach(loaded[0], loaded[1], rotations=rotations, **ours)
+    return loaded
+
+
+def _plan_of(model: Any, rotations: Any, signal_bits: int, noise_bits: int, use_water_filling: bool) -> Plan:
+    if not isinstance(rotations, list):
+        rotations = load_cached_rotations(rotations)
+    shapes: dict[int, tuple[int, int, int]] = {}
+
+    def see(layer: int, queries: mx.array, keys: mx.array, values: mx.array) -> None:
+        shapes[layer] = keys.shape[1], keys.shape[3], values.shape[3]
+
+    with intercept.dispatching():  # one token tells the number of KV heads, whatever the configuration calls it
+        mx.eval(model(mx.array([[0]]), cache=intercept.recorders(model, see)))
+    plan = plan_of_rotations(
+        rotations, {i: s[0] for i, s in shapes.items()}, signal_bits, noise_bits, use_water_filling
+    )
+    for i, layer in plan.layers.items():
+        for quantizer, expected in zip((layer.keys, layer.values), shapes[i][1:], strict=True):
+            if quantizer is not None and quantizer.head_dim != expected:
+                raise CodecError(
+                    f"the rotation of layer {i} has head_dim {quantizer.head_dim}; this model has {expected}; "
+                    "calibrate on this model."
+                )
+    if missing := sorted(set(shapes) - set(plan.layers)):
+        warnings.warn(f"no rotation for layers {missing}: their caches stay full precision.", stacklevel=3)
+    if unpacked := [i for i, layer in plan.layers.items() if layer.values is None]:
+        warnings.warn(f"the rotations of layers {unpacked} are of keys alone: values stay exact.", stacklevel=3)
+    return Plan(plan.name, fingerprint(model), plan.layers)
+
+
+# -- generation
+
+
+def generate(
+    model: Any, tokenizer: Any, prompt: str | list[int] | mx.array, *, cache: CacheChoice | None = None, **kwargs: Any
+) -> str:
+    """`mlx_lm.generate` with a spectral cache; all its options, and `cache` as in `make_prompt_cache`."""
+    with _prepared(model, tokenizer, cache, kwargs) as options:
+        return str(_module("mlx_lm.generate").generate(model, tokenizer, prompt, **options))
+
+
+def stream_generate(
+    model: Any, tokenizer: Any, prompt: str | list[int] | mx.array, *, cache: CacheChoice | None = None, **kwargs: Any
+) -> Iterator[Any]:
+    """`mlx_lm.stream_generate` with a spectral cache; yields its GenerationResponse objects."""
+    with _prepared(model, tokenizer, cache, kwargs) as options:
+        yield from _module("mlx_lm.generate").stream_generate(model, tokenizer, prompt, **options)
+
+
+@contextlib.contextmanager
+def _prepared(
+    model: Any, tokenizer: Any, cache: CacheChoice | None, kwargs: dict[str, Any]
+) -> Iterator[dict[str, Any]]:
+    options = dict(kwargs)
+    if cache is None and options.get("prompt_cache") is None:
+        cache = SpectralKVCache
+    options["prompt_cache"] = _choose_cache(
+        model,
+        cache,
+        options.get("prompt_cache"),
+        options.pop("max_kv_size", None),
+        options.get("draft_model"),
+        tokenizer,
+    )
+    _refuse_kv_bits(options.get("kv_bits"), options["prompt_cache"])
+    with intercept.dispatching():
+        yield options
+
+
+def _choose_cache(
+    model: Any,
+    cache: CacheChoice | None,
+    prompt_cache: list[Any] | None,
+    max_kv_size: int | None,
+    draft_model: Any = None,
+    tokenizer: Any = None,
+) -> list[Any] | None:
+    """The prompt cache a generation is to use; None leaves the choice to mlx-lm."""
+    if cache is not None and prompt_cache is not None:
+        raise ValueError("both cache= and prompt_cache= were given; expected one; pass the caches as prompt_cache=.")
+    if prompt_cache is not None:
+        _check_fingerprints(model, prompt_cache)
+        return prompt_cache
+    if cache is None:
+        if _attachment(model) is None:
+            return None
+        cache = SpectralKVCache
+    given = isinstance(cache, Sequence)
+    caches = make_prompt_cache(model, max_kv_size, cache, tokenizer=tokenizer)
+    # Drafts are short-lived guesses of a small model: their caches stay full precision unless passed in a list.
+    return caches if draft_model is None or given else caches + own_caches(draft_model)
+
+
+def _check_fingerprints(model: Any, prompt_cache: list[Any]) -> None:
+    names = {c._fingerprint for c in prompt_cache if isinstance(c, SpectralKVCache)} - {""}
+    if names and names != {own := fingerprint(model)}:
+        raise CodecError(
+            f"the prompt cache was packed for model {', '.join(sorted(names))}; this model is {own}; make it again."
+        )
+
+
+def _refuse_kv_bits(kv_bits: int | None, prompt_cache: list[Any] | None) -> None:
+    if kv_bits is not None and any(isinstance(c, SpectralKVCache) for c in prompt_cache or []):
+        raise ValueError(
+            f"kv_bits={kv_bits} asks for mlx-lm's own quantized cache; a SpectralKVCache is packed already; drop "
+            "kv_bits and set bits_per_value (--kv-avg-bits)."
+        )
+
+
+# -- mlx-lm as a whole
+
+_attached: list[weakref.ref[Any]] = []
+_replaced: dict[tuple[str, str], tuple[Any, Any]] = {}  # (module, name) -> (original, ours)
+_dispatch_held = False
+
+
+class Installation(contextlib.AbstractContextManager["Installation"]):
+    """What `install` returns: leaving it as a context undoes what that call did."""
+
+    def __init__(self, owns: bool) -> None:
+        self._owns = owns
+
+    def __exit__(self, *_: object) -> None:
+        if self._owns:
+            uninstall()
+
+
+def install(cache: CacheOptions | type[SpectralKVCache] = SpectralKVCache) -> Installation:
+    """Turn the spectral cache on for every model that mlx-lm loads from now on, in this process.
+
+    Idempotent; `uninstall()` or leaving the returned context undoes it. RuntimeError for an mlx-lm of unknown shape.
+    """
+    options = CacheOptions() if isinstance(cache, type) else cache
+    _require_dispatch()
+    _replace_generation()
+    if ("mlx_lm.utils", "load_model") in _replaced:
+        return Installation(owns=False)
+
+    def load_model(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        model, config = original(*args, **kwargs)
+        path = args[0] if args else kwargs["model_path"]
+
+        def tokenizer() -> Any:
+            load_tokenizer = _module("mlx_lm.utils").load_tokenizer
+            return load_tokenizer(path, eos_token_ids=config.get("eos_token_id"))
+
+        attach(model, tokenizer, cache=options)
+        return model, config
+
+    _replace("mlx_lm.utils", "load_model", load_model)
+    return Installation(owns=True)
+
+
+def uninstall() -> None:
+    """Put back everything that `install` and `attach` replaced, in mlx-lm, in MLX and on attached models."""
+    global _dispatch_held
+    for (module, name), (original, ours) in list(_replaced.items()):
+        if getattr(_module(module), name) is ours:
+            setattr(_module(module), name, original)
+        del _replaced[module, name]
+    while _attached:
+        if (model := _attached.pop()()) is not None:
+            detach(model)
+    if _dispatch_held:
+        intercept.disable()
+        _dispatch_held = False
+    if getattr(mlx_lm_cache, "SpectralKVCache", None) is SpectralKVCache:
+        del mlx_lm_cache.SpectralKVCache
+
+
+def _module(name: str) -> Any:
+    return importlib.import_module(name)  # mlx_lm.generate, as an attribute, is the function
+
+
+def _require_dispatch() -> None:
+    """Handles are attended, and load_prompt_cache, which looks classes up by name, finds ours."""
+    global _dispatch_held
+    check_mlx_lm()
+    mlx_lm_cache.SpectralKVCache = SpectralKVCache
+    if not _dispatch_held:
+        intercept.enable()
+        _dispatch_held = True
+
+
+def check_mlx_lm() -> None:
+    """RuntimeError unless this mlx-lm has the features the hooks rely on."""
+    wanted = {
+        ("mlx_lm.generate", "generate_step"): {"prompt", "model", "prompt_cache", "max_kv_size", "kv_bits"},
+        ("mlx_lm.generate", "speculative_generate_step"): {"prompt", "model", "draft_model", "prompt_cache"},
+        ("mlx_lm.utils", "load_model"): {"model_path"},
+        ("mlx_lm.models.cache", "make_prompt_cache"): {"model", "max_kv_size"},
+        ("mlx_lm.models.cache", "create_attention_mask"): {"N", "offset"},
+    }
+    for (module, name), parameters in wanted.items():
+        function, _ = _replaced.get((module, name), (getattr(_module(module), name, None), None))
+        if function is None or not parameters <= set(inspect.signature(function).parameters):
+            import mlx_lm
+
+            raise RuntimeError(
+                f"mlx-lm {getattr(mlx_lm, '__version__', '?')} has no {module}.{name} with {sorted(parameters)}; "
+                f"expected {SUPPORTED}; install one of these."
+            )
+
+
+def _replace(module: str, name: str, wrapper: Callable[..., Any]) -> None:
+    if (module, name) not in _replaced:
+        original = getattr(_module(module), name)
+        ours = functools.wraps(original)(functools.partial(wrapper, original))
+        _replaced[module, name] = original, ours
+        setattr(_module(module), name, ours)
+
+
+def _replace_generation() -> None:
+    _replace("mlx_lm.generate", "generate_step", _generate_step)
+    _replace("mlx_lm.generate", "speculative_generate_step", _speculative_generate_step)
+
+
+def _generate_step(
+    original: Callable[..., Any],
+    prompt: mx.array,
+    model: Any,
+    *args: Any,
+    cache: CacheChoice | None = None,
+    **kwargs: Any,
+) -> Any:
+    kwargs["prompt_cache"] = _choose_cache(model, cache, kwargs.get("prompt_cache"), kwargs.get("max_kv_size"))
+    _refuse_kv_bits(kwargs.get("kv_bits"), kwargs["prompt_cache"])
+    return original(prompt, model, *args, **kwargs)
+
+
+def _speculative_generate_step(
+    original: Callable[..., Any],
+    prompt: mx.array,
+    model: Any,
+    draft_model: Any,
+    *args: Any,
+    cache: CacheChoice | None = None,
+    **kwargs: Any,
+) -> Any:
+    kwargs["prompt_cache"] = _choose_cache(model, cache, kwargs.get("prompt_cache"), None, draft_model)
+    _refuse_kv_bits(kwargs.get("kv_bits"), kwargs["prompt_cache"])
+    return original(prompt, model, draft_model, *args, **kwargs)

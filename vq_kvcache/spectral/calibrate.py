@@ -1,0 +1,233 @@
+"""Statistics of a model's keys and values over text -> rotations (the documented API), or a Codec (the cache's own)."""
+
+import contextlib
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from . import codec as codecs
+from .calibration_text import calibration_sequences
+from .codec import Codec, Transforms
+from .intercept import dispatching, recorders
+from .moments import Moments, SecondMoments
+from .rotation_files import RotationFileError, load_cached_rotations, save_rotations
+from .spectral_quant import SpectralRotation
+
+__all__ = [
+    "RotationFileError",
+    "calibrate_codec",
+    "calibrate_from_vectors",
+    "calibrate_spectral_rotation",
+    "codec_for",
+    "load_cached_rotations",
+    "save_rotations",
+]
+
+# Eigenvalues of a metric below this share of the largest are raised to it: its inverse root must stay bounded.
+METRIC_FLOOR = 1e-5
+OUTPUT_PROJECTIONS = ("o_proj", "out_proj", "dense", "c_proj", "wo", "o")
+
+
+def calibrate_spectral_rotation(
+    model: Any,
+    tokenizer: Any,
+    num_samples: int = 64,
+    sequence_length: int = 1024,
+    device: str = "gpu",
+    *,
+    texts: Sequence[str] | None = None,
+    seed: int = 0,
+) -> list[SpectralRotation]:
+    """One rotation per full-attention layer: the eigenbasis of its keys about their mean, heads pooled.
+
+    Each carries the rotation of the layer's values in `.values`. `texts` replaces the built-in calibration text. On a
+    machine without a GPU, device="gpu" falls back to the default device with one warning.
+    """
+    seen: dict[int, tuple[Moments, Moments]] = {}
+
+    def see(layer: int, queries: mx.array, keys: mx.array, values: mx.array) -> None:
+        for moments, x in zip(seen.setdefault(layer, (Moments(), Moments())), (keys, values), strict=True):
+            moments.update(x)
+
+    with _on_device(device):
+        sequences = calibration_sequences(model, tokenizer, num_samples, sequence_length, texts, seed)
+        _run(model, sequences, see)
+    _require_layers(seen)
+    return [
+        _pooled_rotation(keys, f"layers.{i}", _pooled_rotation(values, f"layers.{i}", None))
+        for i, (keys, values) in sorted(seen.items())
+    ]
+
+
+def calibrate_from_vectors(key_vectors: list[mx.array]) -> list[SpectralRotation]:
+    """One rotation per array [..., D] of `key_vectors`, by SVD of the centred vectors, named "layers.<position>".
+
+    Eigenvalues are squared singular values over the number of vectors. ValueError for fewer than two vectors or NaN.
+    """
+    rotations = []
+    for i, array in enumerate(key_vectors):
+        x = np.array(array.astype(mx.float32), dtype=np.float64).reshape(-1, array.shape[-1])
+        if len(x) < 2 or not np.isfinite(x).all():
+            raise ValueError(f"array {i} holds {len(x)} vectors or NaN; expected at least 2 finite ones [..., D].")
+        mean = x.mean(axis=0)
+        _, singular, basis = np.linalg.svd(x - mean, full_matrices=len(x) < x.shape[1])
+        eigenvalues = np.zeros(x.shape[1])
+        eigenvalues[: len(singular)] = singular**2 / len(x)
+        rotations.append(_rotation(basis.T, eigenvalues, mean, f"layers.{i}", None))
+    return rotations
+
+
+def calibrate_codec(
+    model: Any,
+    tokenizer: Any,
+    num_samples: int = 16,
+    sequence_length: int = 1024,
+    *,
+    texts: Sequence[str] | None = None,
+    seed: int = 0,
+) -> Codec:
+    """The codec of a model: for each layer, KV head, and keys or values, the basis in which squared error costs least.
+
+    With metric F and covariance C, A = F^(1/2) and A C A = U diag(l) UT; analysis is A U. For keys F is the second
+    moment of the queries that read them (OSCAR, arXiv 2605.17757); for values WoT Wo of the output projection.
+    """
+    seen: dict[int, tuple[Moments, Moments, SecondMoments]] = {}
+
+    def see(layer: int, queries: mx.array, keys: mx.array, values: mx.array) -> None:
+        key_moments, value_moments, query_moments = seen.setdefault(layer, (Moments(), Moments(), SecondMoments()))
+        key_moments.update(keys)
+        value_moments.update(values)
+        query_moments.update(queries, keys.shape[1])
+
+    sequences = calibration_sequences(model, tokenizer, num_samples, sequence_length, texts, seed)
+    _run(model, sequences, see)
+    _require_layers(seen)
+    layers = {}
+    for i, (keys, values, queries) in seen.items():
+        output = _output_metric(model, i, *values.mean.shape)
+        layers[i] = _transforms(keys, queries.value), _transforms(values, output)
+    provenance = {
+        "objective": "variance", "sequences": len(sequences), "sequence_length": sequence_length, "seed": seed,
+        "text": "built-in" if texts is None else "user", "tokens": sum(s.size for s in sequences),
+    }  # fmt: skip
+    return Codec(codecs.fingerprint(model), layers, provenance)
+
+
+def codec_for(model: Any, tokenizer: Any | Callable[[], Any] | None) -> Codec:
+    """The codec of this model: from the cache folder or the package, else calibrated now and stored.
+
+    `tokenizer` may be a function that loads one. A cache folder that cannot be written costs a warning, no more.
+    """
+    name = codecs.fingerprint(model)
+    if (found := codecs.find_codec(name)) is not None:
+        return found
+    if tokenizer is None:
+        raise codecs.CodecError(
+            f"no codec of model {name} in {codecs.stored_path(name).parent} and no tokenizer to make one with; "
+            "expected either; pass the tokenizer: attach(model, tokenizer)."
+        )
+    is_loader = callable(tokenizer) and not hasattr(tokenizer, "encode")
+    made = calibrate_codec(model, tokenizer() if is_loader else tokenizer)
+    try:
+        made.save(codecs.stored_path(name))
+    except OSError as error:
+        warnings.warn(f"the codec could not be stored in {codecs.stored_path(name)} ({error.strerror}).", stacklevel=2)
+    return made
+
+
+def _run(model: Any, sequences: Sequence[mx.array], see: Callable[..., None]) -> None:
+    with dispatching():
+        for ids in tqdm(sequences, desc="calibrating", unit="sequence"):
+            mx.eval(model(ids[None], cache=recorders(model, see)))
+
+
+def _require_layers(seen: dict[int, Any]) -> None:
+    if not seen:
+        raise ValueError(
+            "no layer of this model passed keys to mx.fast.scaled_dot_product_attention; expected full-attention "
+            "layers; use a full-precision cache with it."
+        )
+
+
+@contextlib.contextmanager
+def _on_device(device: str) -> Iterator[None]:
+    if device not in ("gpu", "cpu"):
+        raise ValueError(f'device is {device!r}; expected "gpu" or "cpu".')
+    if device == "gpu" and not (mx.metal.is_available() or mx.cuda.is_available()):
+        warnings.warn(f"no GPU on this machine; calibrating on {mx.default_device()}.", stacklevel=4)
+        yield
+        return
+    with mx.stream(mx.gpu if device == "gpu" else mx.cpu):
+        yield
+
+
+def _eigen(matrix: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Eigenvalues [D] descending, not negative, and eigenvectors as columns [D, D]."""
+    values, vectors = np.linalg.eigh(matrix)
+    return np.maximum(values[::-1], 0), vectors[:, ::-1]
+
+
+def _pooled_rotation(moments: Moments, name: str, values: SpectralRotation | None) -> SpectralRotation:
+    pooled = moments.pooled()
+    eigenvalues, vectors = _eigen(pooled.covariance[0])
+    return _rotation(vectors, eigenvalues, pooled.mean[0], name, values)
+
+
+def _rotation(
+    vectors: NDArray[np.float64],
+    eigenvalues: NDArray[np.float64],
+    mean: NDArray[np.float64],
+    name: str,
+    values: SpectralRotation | None,
+) -> SpectralRotation:
+    arrays = [mx.array(np.ascontiguousarray(a, dtype=np.float32)) for a in (vectors, eigenvalues, mean)]
+    return SpectralRotation(arrays[0], arrays[1], len(mean), name, arrays[2], values)
+
+
+def _transforms(moments: Moments, metric: NDArray[np.float64]) -> Transforms:
+    heads, dims = moments.mean.shape
+    analysis, eigenvalues = np.zeros((heads, dims, dims)), np.zeros((heads, dims))
+    for h in range(heads):
+        weights, basis = _eigen(metric[h])
+        root = (basis * np.sqrt(np.maximum(weights, METRIC_FLOOR * weights[0]))) @ basis.T
+        eigenvalues[h], vectors = _eigen(root @ moments.covariance[h] @ root)
+        analysis[h] = root @ vectors
+    return Transforms(*(np.ascontiguousarray(a, dtype=np.float32) for a in (moments.mean, analysis, eigenvalues)))
+
+
+def _output_metric(model: Any, layer: int, heads: int, dims: int) -> NDArray[np.float64]:
+    """WoT Wo [H, D, D] of the projection that reads the attention output, summed over the query heads of a group.
+
+    The identity where no such projection is found: squared error of the values themselves.
+    """
+    projection = _output_projection(model, layer)
+    rows = None if projection is None else _rows(projection, dims)
+    if rows is None or len(rows) % (heads * dims):
+        return np.tile(np.eye(dims), (heads, 1, 1))
+    per_head = rows.reshape(heads, -1, dims, rows.shape[-1])  # query heads of a group lie side by side
+    return np.asarray(np.einsum("hgio,hgjo->hij", per_head, per_head))
+
+
+def _output_projection(model: Any, layer: int) -> Any | None:
+    layers = getattr(model, "layers", [])
+    if layer >= len(layers):
+        return None
+    named = {n.rsplit(".", 1)[-1]: m for n, m in layers[layer].named_modules() if "attn" in n or "attention" in n}
+    return next((named[n] for n in OUTPUT_PROJECTIONS if n in named), None)
+
+
+def _rows(projection: Any, dims: int) -> NDArray[np.float64] | None:
+    """The projection as a matrix [in, out], whatever its weights' format: it is applied to the unit vectors."""
+    size = projection.weight.shape[-1]
+    if hasattr(projection, "scales"):
+        size = projection.scales.shape[-1] * projection.group_size
+    try:
+        unit, zero = mx.eye(size), mx.zeros((1, size))
+        return np.array((projection(unit) - projection(zero)).astype(mx.float32), dtype=np.float64)
+    except (ValueError, RuntimeError):
+        return None

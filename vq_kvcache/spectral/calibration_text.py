@@ -1,0 +1,98 @@
+"""Where calibration tokens come from when the user brings none.
+
+Four sources in equal shares: shipped prose, reference and fact lists (data/calibration, provenance beside it); code, read
+from the running interpreter's standard library; and text that the model itself writes at temperature 1, which brings the
+languages and formats it knows.
+"""
+
+import importlib
+import importlib.resources
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+CODE_MODULES = ("argparse", "json.decoder", "textwrap", "statistics", "heapq", "csv", "shlex", "configparser")
+# The share of sequences that the model writes itself; each of its tokens costs a whole decode step.
+SELF_WRITTEN_SHARE = 1 / 8
+PIECE_CHARACTERS = 2000
+
+
+def built_in_texts() -> list[str]:
+    """The shipped texts and the standard library's code, one string per kind."""
+    folder = importlib.resources.files("vq_kvcache") / "data" / "calibration"
+    texts = [f.read_text("utf-8") for f in sorted(folder.iterdir(), key=lambda f: f.name) if f.name.endswith(".txt")]
+    sources = [importlib.import_module(name).__file__ for name in CODE_MODULES]
+    texts.append("\n\n".join(pathlib.Path(s).read_text("utf-8") for s in sources if s is not None))
+    return texts
+
+
+def encode(tokenizer: Any, text: str) -> list[int]:
+    """Token ids of plain text; takes a bare transformers tokenizer or mlx-lm's wrapper around one."""
+    # In pieces, because tokenizers warn about texts longer than the model's context.
+    pieces = [text[i : i + PIECE_CHARACTERS] for i in range(0, len(text), PIECE_CHARACTERS)]
+    return [int(i) for piece in pieces for i in tokenizer.encode(piece, add_special_tokens=False)]
+
+
+def cut(ids: Sequence[int], count: int, length: int) -> list[mx.array]:
+    """At most `count` sequences [length] evenly spread over `ids`; one shorter sequence when there is no full one."""
+    whole = len(ids) // length
+    if whole == 0:
+        return [mx.array(ids)] if len(ids) > 1 else []
+    starts = np.unique(np.linspace(0, len(ids) - length, min(count, whole)).astype(int))
+    return [mx.array(ids[s : s + length]) for s in starts]
+
+
+def calibration_sequences(
+    model: Any, tokenizer: Any, num_samples: int, sequence_length: int, texts: Sequence[str] | None, seed: int
+) -> list[mx.array]:
+    """`num_samples` token sequences [sequence_length]: from `texts` alone when given, else the built-in mix."""
+    if num_samples < 1 or sequence_length < 2:
+        raise ValueError(f"{num_samples} samples of {sequence_length} tokens; expected at least 1 of at least 2.")
+    own = 0 if texts is not None else int(num_samples * SELF_WRITTEN_SHARE)
+    sources = built_in_texts() if texts is None else list(texts)
+    encoded = [encode(tokenizer, text) for text in sources]
+    shares = [(num_samples - own + i) // len(sources) for i in range(len(sources))][::-1] if sources else []
+    sequences = [s for ids, share in zip(encoded, shares, strict=True) for s in cut(ids, share, sequence_length)]
+    if own:
+        sequences += write_sequences(model, tokenizer, own, sequence_length, seed)
+    if not sequences:
+        raise ValueError("the calibration texts hold fewer than two tokens; expected some text; pass more.")
+    return sequences
+
+
+def write_sequences(model: Any, tokenizer: Any, count: int, length: int, seed: int) -> list[mx.array]:
+    """`count` sequences [length] sampled from the model at temperature 1, in one batch, from its own opening."""
+    from mlx_lm.models.cache import make_prompt_cache
+
+    opening = _opening(tokenizer)
+    tokens = mx.broadcast_to(mx.array(opening)[None], (count, len(opening)))
+    cache = _plain_cache(model, make_prompt_cache)
+    key = mx.random.key(seed)
+    written = [tokens]
+    for _ in range(length - len(opening)):
+        key, now = mx.random.split(key)
+        logits = model(tokens, cache=cache)[:, -1]
+        tokens = mx.random.categorical(logits.astype(mx.float32), key=now)[:, None]
+        mx.eval(tokens)
+        written.append(tokens)
+    return list(mx.concatenate(written, axis=1)[:, :length])
+
+
+def _opening(tokenizer: Any) -> list[int]:
+    """What a text of this model starts with: an empty turn of its chat template, or its first special token."""
+    if getattr(tokenizer, "chat_template", None):
+        message = [{"role": "user", "content": "Write about anything you like."}]
+        return [int(i) for i in tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=False)]
+    for name in ("bos_token_id", "eos_token_id"):
+        if (token := getattr(tokenizer, name, None)) is not None:
+            return [int(token)]
+    return encode(tokenizer, "The")[:1]
+
+
+def _plain_cache(model: Any, make_prompt_cache: Any) -> list[Any]:
+    make_cache = getattr(type(model), "make_cache", None)
+    caches: list[Any] = make_cache(model) if make_cache else make_prompt_cache(model)
+    return caches

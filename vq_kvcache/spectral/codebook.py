@@ -1,0 +1,79 @@
+"""Levels of a b-bit quantizer of the unit Gaussian, as an odd polynomial of the centred code.
+
+The mean-squared-error optimal levels (Max 1960, Lloyd 1982) lie on a smooth odd curve, so a polynomial replaces the
+look-up table that is slow on every back-end. With t = (2 code + 1 - 2^b) / 2^b in (-1, 1), level = sum_k c_k t^(2k+1).
+The coefficients are the fixed point of Lloyd's iteration in which the update is a least-squares polynomial fit,
+weighted by the Gaussian mass of each cell; tests/oracle.py derives them again in float64.
+"""
+
+import functools
+import math
+
+import mlx.core as mx
+import numpy as np
+from numpy.typing import NDArray
+
+MAX_BITS = 8
+
+COEFFICIENTS: dict[int, tuple[float, ...]] = {
+    1: (1.5957691216057306,),
+    2: (1.7857738877808103, 0.4055400122391176),
+    3: (1.885820916693707, 0.7414300194289128),
+    4: (2.101240001649792, 0.06613310692223695, 0.9693569640957511),
+    5: (2.066273923746937, 1.1245864333006432, -1.7403314102369116, 2.135073305931678),
+    6: (2.1848443155708916, -0.3432120125863212, 4.997923402402355, -8.874928711288145, 6.020844623573401),
+    7: (2.114150584314214, 1.8031756012063624, -9.262782771148325, 29.5876408670611, -38.838239202970094,
+        18.93986826972695),
+    8: (2.1038584819806974, 2.254407103911639, -12.590511186478345, 39.75911795520214, -52.10396782991407,
+        25.19120629108956),
+}  # fmt: skip
+
+
+@functools.cache
+def levels(bits: int) -> NDArray[np.float64]:
+    """The 2^bits levels, ascending, float64 [2^bits]; one level, 0, at 0 bits."""
+    if bits == 0:
+        return np.zeros(1)
+    t = (2 * np.arange(2**bits) + 1 - 2**bits) / 2**bits
+    return sum((c * t ** (2 * k + 1) for k, c in enumerate(COEFFICIENTS[bits])), np.zeros_like(t))
+
+
+@functools.cache
+def distortion(bits: int) -> float:
+    """Mean squared error of the unit Gaussian under `levels(bits)` with nearest-level coding; 1 at 0 bits."""
+    x = levels(bits)
+    edges = [-math.inf, *((x[1:] + x[:-1]) / 2), math.inf]
+    cdf = np.array([0.5 * math.erfc(-e / math.sqrt(2)) for e in edges])
+    pdf = np.array([math.exp(-e * e / 2) / math.sqrt(2 * math.pi) for e in edges])
+    mass, moment = np.diff(cdf), -np.diff(pdf)
+    return float(1 - 2 * (moment * x).sum() + (mass * x * x).sum())
+
+
+def dequantize(codes: mx.array, bits: int) -> mx.array:
+    """Levels of integer codes, float32, same shape: Horner's rule, no table, so that it fuses into one kernel."""
+    t = codes.astype(mx.float32) * (2.0 / 2**bits) + (1.0 / 2**bits - 1.0)
+    square = t * t
+    *rest, value = COEFFICIENTS[bits]
+    result: mx.array | float = value
+    for c in reversed(rest):
+        result = result * square + c
+    return t * result
+
+
+def quantize(z: mx.array, bits: int) -> mx.array:
+    """Code of the nearest level, uint32, same shape; values beyond the outermost level take it."""
+    last = 2**bits - 1
+    z = z.astype(mx.float32)
+    if bits == 1:
+        return (z > 0).astype(mx.uint32)
+    # The optimal point density is a Gaussian of variance 3 (Panter & Dite 1951), so its CDF is a first guess
+    # that is never more than two codes off; the walk to the nearest level makes it exact.
+    guess = mx.round((2**bits) * 0.5 * (1 + mx.erf(z * (1 / math.sqrt(6)))) - 0.5)
+    guess = mx.clip(guess, 0, last)
+    for _ in range(2):
+        down, up = mx.maximum(guess - 1, 0), mx.minimum(guess + 1, last)
+        error = mx.abs(z - dequantize(guess, bits))
+        error_down, error_up = mx.abs(z - dequantize(down, bits)), mx.abs(z - dequantize(up, bits))
+        step = mx.where(error_up < error, up, guess)
+        guess = mx.where(error_down < mx.minimum(error, error_up), down, step)
+    return guess.astype(mx.uint32)

@@ -1,0 +1,39 @@
+"""Writing files so that nothing is lost, and finding the folder they live in."""
+
+import contextlib
+import hashlib
+import os
+import pathlib
+import sys
+import tempfile
+
+
+def cache_folder() -> pathlib.Path:
+    """VQ_KVCACHE_HOME, or `vq_kvcache` in the user's cache directory. Not created here."""
+    if home := os.environ.get("VQ_KVCACHE_HOME"):
+        return pathlib.Path(home).expanduser()
+    if sys.platform == "darwin":
+        return pathlib.Path.home() / "Library" / "Caches" / "vq_kvcache"
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (pathlib.Path(base) if base else pathlib.Path.home() / ".cache") / "vq_kvcache"
+
+
+def write_atomically(path: pathlib.Path, data: bytes) -> None:
+    """Write under a temporary name in the same folder, then rename: readers see the old file or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
+
+
+def sha256(data: bytes) -> str:
+    """Hexadecimal SHA-256."""
+    return hashlib.sha256(data).hexdigest()

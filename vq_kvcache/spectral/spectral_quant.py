@@ -1,0 +1,263 @@
+"""Vectors to packed codes and back: an affine pair (analysis, synthesis) around the quantizer.
+
+    z = analysisT (x - mean)      codes = nearest levels of z      x^ = mean + synthesisT levels(codes)
+
+`analysis` brings every coordinate to unit variance over the calibration text, so that one set of levels serves all and no
+scale is stored with a vector.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import mlx.core as mx
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from .bit_allocator import allocate, gaussian_costs
+from .codebook import MAX_BITS, quantize
+from .packing import Layout
+from .participation_ratio import compute_spectral_gap
+
+# Dimensions of no variance in calibration still need a finite scale: this share of the largest standard deviation.
+SMALLEST_RELATIVE_DEVIATION = 1e-6
+
+
+@dataclasses.dataclass
+class SpectralRotation:
+    """The eigenbasis of one layer's keys.
+
+    rotation_matrix: [head_dim, head_dim], eigenvectors as columns.  eigenvalues: [head_dim], descending.
+    layer_name: which layer of the model, as "layers.<i>".  mean: [head_dim] or None (zero), subtracted before and
+    added after.  values: the rotation of the same layer's values, or None; `attach` packs values only with one.
+    """
+
+    rotation_matrix: mx.array
+    eigenvalues: mx.array
+    head_dim: int
+    layer_name: str
+    mean: mx.array | None = None
+    values: "SpectralRotation | None" = None
+
+    def __post_init__(self) -> None:
+        shapes = self.rotation_matrix.shape, self.eigenvalues.shape
+        if shapes != ((self.head_dim, self.head_dim), (self.head_dim,)):
+            raise ValueError(
+                f"rotation of {self.layer_name!r} has shapes {shapes}; expected [D, D] and [D] for head_dim "
+                f"{self.head_dim}; recalibrate."
+            )
+        if self.mean is not None and self.mean.shape != (self.head_dim,):
+            raise ValueError(f"mean of {self.layer_name!r} has shape {self.mean.shape}; expected [{self.head_dim}].")
+        arrays = [self.rotation_matrix, self.eigenvalues, *([] if self.mean is None else [self.mean])]
+        if not all(bool(mx.isfinite(a).all().item()) for a in arrays):
+            raise ValueError(f"rotation of {self.layer_name!r} holds NaN or infinity; recalibrate.")
+
+
+@dataclasses.dataclass(frozen=True)
+class EncodedVector:
+    """Packed codes of an array of vectors.
+
+    codes: uint32 [..., W, T], word-major (see packing.py).  shape, dtype: those of the vectors that were encoded.
+    """
+
+    codes: mx.array
+    shape: tuple[int, ...]
+    dtype: mx.Dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the stored words, padding included."""
+        return self.codes.nbytes
+
+
+class SpectralQuantizer:
+    """Quantizes vectors [..., D] in the eigenbasis of `rotation`.
+
+    use_water_filling=False: `signal_bits` for the dimensions before the spectral gap, `noise_bits` after it, each with
+    its own codebook. True: widths 0..8 for each dimension, greedy on the distortion of the levels really used, spending
+    as many bits in all. Source: SpectralQuant (Dynamis-Labs); allocation by Cover & Thomas, ch. 10.
+    """
+
+    def __init__(
+        self, rotation: SpectralRotation, signal_bits: int = 4, noise_bits: int = 1, use_water_filling: bool = False
+    ) -> None:
+        for name, bits in (("signal_bits", signal_bits), ("noise_bits", noise_bits)):
+            if not 0 <= bits <= MAX_BITS:
+                raise ValueError(f"{name} is {bits}; expected an integer in 0..{MAX_BITS}.")
+        eigenvalues = np.array(rotation.eigenvalues, dtype=np.float64)
+        signal = compute_spectral_gap(eigenvalues)
+        widths = np.where(np.arange(rotation.head_dim) < signal, signal_bits, noise_bits).astype(np.int64)
+        if use_water_filling:
+            widths = allocate(gaussian_costs(eigenvalues), int(widths.sum()))
+        matrix = np.array(rotation.rotation_matrix, dtype=np.float64)
+        mean = np.zeros(rotation.head_dim) if rotation.mean is None else np.array(rotation.mean, dtype=np.float64)
+        self._set_up([mean], [matrix], [matrix.T], [eigenvalues], [widths])
+        self._one_head = True
+
+    @classmethod
+    def from_transform(
+        cls, mean: ArrayLike, analysis: ArrayLike, eigenvalues: ArrayLike, widths: ArrayLike
+    ) -> "SpectralQuantizer":
+        """A quantizer for any invertible basis: z = analysisT (x - mean) has variances `eigenvalues`.
+
+        mean [D], analysis [D, D] (a coordinate per column), eigenvalues [D], widths [D] in 0..8.
+        """
+        matrix = np.array(analysis, dtype=np.float64)
+        if not np.isfinite(matrix).all() or np.linalg.cond(matrix) > 1e12:
+            raise ValueError("analysis is singular or not finite; expected an invertible matrix [D, D]; recalibrate.")
+        quantizer = cls.__new__(cls)
+        quantizer._set_up(
+            [np.array(mean, dtype=np.float64)],
+            [matrix],
+            [np.linalg.inv(matrix)],
+            [np.array(eigenvalues, dtype=np.float64)],
+            [np.array(widths, dtype=np.int64)],
+        )
+        quantizer._one_head = True
+        return quantizer
+
+    @classmethod
+    def stack(cls, quantizers: Sequence["SpectralQuantizer"]) -> "SpectralQuantizer":
+        """One quantizer for vectors [..., H, T, D] from the quantizers of H heads; their words lie one head after
+        the other along W."""
+        heads = [p for q in quantizers for p in q._parameters]
+        quantizer = cls.__new__(cls)
+        quantizer._set_up(*map(list, zip(*heads, strict=True)))
+        quantizer._one_head = False
+        return quantizer
+
+    def _set_up(
+        self,
+        means: list[NDArray[np.float64]],
+        analyses: list[NDArray[np.float64]],
+        syntheses: list[NDArray[np.float64]],
+        spectra: list[NDArray[np.float64]],
+        widths: list[NDArray[np.int64]],
+    ) -> None:
+        self._parameters = list(zip(means, analyses, syntheses, spectra, widths, strict=True))
+        self.layout = Layout(np.stack(widths))
+        heads, dims, stored = len(means), len(means[0]), self.layout.stored
+        analysis, synthesis = np.zeros((heads, dims, stored)), np.zeros((heads, stored, dims))
+        for h, order in enumerate(self.layout.order):
+            deviation = np.sqrt(np.maximum(spectra[h], 0))
+            deviation = np.maximum(deviation, max(deviation.max() * SMALLEST_RELATIVE_DEVIATION, 1e-30))[order]
+            analysis[h, :, : len(order)] = analyses[h][:, order] / deviation
+            synthesis[h, : len(order)] = syntheses[h][order] * deviation[:, None]
+        self.mean = mx.array(np.stack(means)[:, None, :].astype(np.float32))
+        self.analysis = mx.array(analysis.astype(np.float32))
+        self.synthesis = mx.array(synthesis.astype(np.float32))
+        mx.eval(self.mean, self.analysis, self.synthesis)
+
+    @property
+    def widths(self) -> list[int] | list[list[int]]:
+        """Bits of each dimension, in the order of the eigenvalues; one list per head when stacked."""
+        table: list[list[int]] = self.layout.widths.tolist()
+        return table[0] if self._one_head else table
+
+    @property
+    def head_dim(self) -> int:
+        """D."""
+        return int(self.mean.shape[-1])
+
+    @property
+    def words(self) -> int:
+        """W, for all heads."""
+        return self.layout.words
+
+    @property
+    def bits_per_value(self) -> float:
+        """Stored bits per number, padding included."""
+        return 32 * self.layout.words / (self.layout.heads * self.head_dim)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the transform's own arrays."""
+        return self.mean.nbytes + self.analysis.nbytes + self.synthesis.nbytes
+
+    def encode(self, keys: mx.array) -> EncodedVector:
+        """Vectors [..., D] of any float type -> packed codes. A stacked quantizer takes [..., H, T, D]."""
+        if keys.ndim < 1 or keys.shape[-1] != self.head_dim:
+            raise ValueError(f"vectors of shape {keys.shape}; expected [..., {self.head_dim}]; wrong codec or model.")
+        if not mx.issubdtype(keys.dtype, mx.floating):
+            raise ValueError(f"vectors of {keys.dtype}; expected float16, bfloat16 or float32; convert them first.")
+        if not bool(mx.isfinite(keys).all().item()):
+            raise ValueError("vectors hold NaN or infinity; expected finite numbers; check the model's activations.")
+        x = keys[None] if keys.ndim == 1 else keys
+        if self._one_head:
+            x = mx.expand_dims(x, -3)
+        elif x.ndim < 3 or x.shape[-3] != self.layout.heads:
+            raise ValueError(f"vectors of shape {keys.shape}; expected [..., {self.layout.heads}, T, {self.head_dim}].")
+        return EncodedVector(self.encode_words(x), tuple(keys.shape), keys.dtype)
+
+    def decode(self, encoded: EncodedVector) -> mx.array:
+        """The vectors again, in the shape and dtype that `encode` was given."""
+        x = self.decode_words(encoded.codes)
+        return x.reshape(encoded.shape).astype(encoded.dtype)
+
+    def encode_words(self, x: mx.array) -> mx.array:
+        """[..., H, T, D] -> words uint32 [..., W, T]; unlike `encode` it checks nothing and stays lazy."""
+        if not self.layout.words:
+            return mx.zeros((*x.shape[:-3], 0, x.shape[-2]), mx.uint32)
+        z = ((x.astype(mx.float32) - self.mean) @ self.analysis).swapaxes(-1, -2)
+        return self.layout.pack([quantize(rows, width) for width, rows in self.layout.split(z)])
+
+    def decode_levels(self, words: mx.array) -> mx.array:
+        """Words [..., W, T] -> coordinates in storage order, unit variance, float32 [..., H, N, T]."""
+        return self.layout.unpack_levels(words)
+
+    def decode_words(self, words: mx.array, dtype: mx.Dtype = mx.float32) -> mx.array:
+        """Words [..., W, T] -> vectors [..., H, T, D]."""
+        return (self.decode_levels(words).swapaxes(-1, -2) @ self.synthesis + self.mean).astype(dtype)
+
+    def fold_queries(self, queries: mx.array) -> tuple[mx.array, mx.array]:
+        """Queries [B, H, R, D] float32 -> (q' [B, H, R, N], c [B, H, R, 1]) with q . x^ = q' . z + c."""
+        return queries @ self.synthesis.swapaxes(-1, -2), (queries * self.mean).sum(axis=-1, keepdims=True)
+
+    def unfold_outputs(self, outputs: mx.array, weights: mx.array) -> mx.array:
+        """sum of p z [B, H, R, N] and sum of p [B, H, R, 1] -> sum of p x^, [B, H, R, D]."""
+        return outputs @ self.synthesis + weights * self.mean
+
+
+class RawQuantizer:
+    """Stores the bits of every number as they are: the lossless twin of a stacked SpectralQuantizer.
+
+    For `heads` heads of `head_dim` numbers of `dtype`; rows are padded to whole words.
+    """
+
+    nbytes = 0
+
+    def __init__(self, heads: int, head_dim: int, dtype: mx.Dtype) -> None:
+        self.heads, self.head_dim, self._dtype = heads, head_dim, dtype
+        self._per_word = max(4 // dtype.size, 1)
+        self._words_per_head = -(-head_dim // self._per_word) * max(dtype.size // 4, 1)
+
+    @property
+    def words(self) -> int:
+        """W, for all heads."""
+        return self.heads * self._words_per_head
+
+    def encode_words(self, x: mx.array) -> mx.array:
+        """[..., H, T, D] -> words uint32 [..., W, T]."""
+        if pad := -self.head_dim % self._per_word:
+            x = mx.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, pad)])
+        words = mx.contiguous(x).view(mx.uint32).swapaxes(-1, -2)
+        return words.reshape(*x.shape[:-3], self.words, x.shape[-2])
+
+    def decode_words(self, words: mx.array, dtype: mx.Dtype | None = None) -> mx.array:
+        """Words [..., W, T] -> the same numbers [..., H, T, D]."""
+        rows = words.reshape(*words.shape[:-2], self.heads, self._words_per_head, words.shape[-1]).swapaxes(-1, -2)
+        return mx.contiguous(rows).view(self._dtype)[..., : self.head_dim].astype(dtype or self._dtype)
+
+    def decode_levels(self, words: mx.array) -> mx.array:
+        """Words [..., W, T] -> numbers, float32 [..., H, D, T]."""
+        return self.decode_words(words).astype(mx.float32).swapaxes(-1, -2)
+
+    def fold_queries(self, queries: mx.array) -> tuple[mx.array, mx.array]:
+        """The queries themselves, and zero."""
+        return queries, mx.zeros((*queries.shape[:-1], 1), mx.float32)
+
+    def unfold_outputs(self, outputs: mx.array, weights: mx.array) -> mx.array:
+        """The outputs themselves."""
+        return outputs
+
+
+Quantizer = SpectralQuantizer | RawQuantizer
