@@ -4,6 +4,7 @@ The packed part is never turned back: queries go into the basis of the codes, re
 merge: online softmax (Milakov & Gimelshein, arXiv 1805.02867), as in FlashAttention.
 """
 
+import itertools
 from typing import Literal
 
 import mlx.core as mx
@@ -78,7 +79,7 @@ def _exact_part(snapshot: Snapshot, q: mx.array, visible: "_Visible", running: R
     tile = max(BLOCK_OF_SCORES // max(q.shape[0] * q.shape[1] * q.shape[2], 1), 64)
     # Sinks and window are apart in the sequence, so a tile never spans both.
     edges = [0, *range(sinks, tokens, tile), tokens] if sinks else [*range(0, tokens, tile), tokens]
-    for start, end in zip(edges, edges[1:], strict=False):
+    for start, end in itertools.pairwise(edges):
         shift = 0 if start < sinks else packed
         scores = q @ keys[:, :, start:end].swapaxes(-1, -2)
         scores = visible.hide(scores, start + shift, end + shift)
@@ -127,7 +128,7 @@ class _Visible:
 
     def hide(self, scores: mx.array, start: int, end: int) -> mx.array:
         """Scores [B, H, G * L, end - start] with those of positions that are not visible lowered."""
-        if self._mask is None or self._length == 1 and isinstance(self._mask, str):
+        if self._mask is None or (self._length == 1 and isinstance(self._mask, str)):
             return scores
         if isinstance(self._mask, str):
             first = self._positions - self._length  # position of the first query

@@ -16,7 +16,7 @@ from .spectral.spectral_quant import Quantizer, RawQuantizer
 from .storage import BLOCK, LAG, Chunk, Snapshot, Storage
 
 LOSSLESS = Plan("lossless", "", {})
-# mlx-lm before 0.32 keeps scalars of a state apart, in `meta_state`; later ones keep them inside. Detected, not compared.
+# mlx-lm before 0.32 keeps scalars of a state apart, in `meta_state`; later ones keep them inside.
 SPLIT_STATE = hasattr(KVCache, "meta_state")
 
 _plans: dict[str, Plan] = {LOSSLESS.name: LOSSLESS}
@@ -261,10 +261,10 @@ class SpectralKVCache(KVCache):  # type: ignore[misc]  # mlx-lm is untyped
         quantizers = self._plan.layers.get(self._layer) if self._plan is not None else None
         result = {"packed_tokens": 0, "exact_tokens": 0, "code_bytes": 0, "sink_bytes": 0, "window_bytes": 0}
         result["codec_bytes"] = 0 if quantizers is None else quantizers.nbytes
-        if (storage := self._storage) is None or self.keys is None:
+        if (storage := self._storage) is None or storage.exact_keys is None or storage.exact_values is None:
             return result
-        exact = sum(a.nbytes for a in (self.keys, self.values))
-        sinks = exact // self.keys.shape[2] * storage.held_sinks
+        exact = int(storage.exact_keys.nbytes + storage.exact_values.nbytes)
+        sinks = exact // storage.exact_keys.shape[2] * storage.held_sinks
         result.update(
             packed_tokens=storage.packed_tokens, exact_tokens=storage.exact_tokens,
             code_bytes=storage.nbytes - exact, sink_bytes=sinks, window_bytes=exact - sinks,

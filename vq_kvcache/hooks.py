@@ -167,7 +167,7 @@ def _plan_of(model: Any, rotations: Any, signal_bits: int, noise_bits: int, use_
         shapes[layer] = keys.shape[1], keys.shape[3], values.shape[3]
 
     with intercept.dispatching():  # one token tells the number of KV heads, whatever the configuration calls it
-        mx.eval(model(mx.array([[0]]), cache=intercept.recorders(model, see)))
+        mx.eval(model(mx.array([[0]]), cache=intercept.observers(model, see)))
     plan = plan_of_rotations(
         rotations, {i: s[0] for i, s in shapes.items()}, signal_bits, noise_bits, use_water_filling
     )

@@ -194,7 +194,7 @@ class Storage:
         if self.exact_keys is None or self.exact_values is None:
             raise ValueError("a stored cache lacks its exact tokens; the file is damaged; make it again.")
         batch, capacity = self.exact_keys.shape[0], min(self.exact_keys.shape[2], self.exact_values.shape[2])
-        fits = 0 <= self.held_sinks <= self.exact_tokens <= capacity
+        fits = 0 <= self.held_sinks <= self.exact_tokens <= capacity and self.exact_values.shape[0] == batch
         for chunk in self.chunks:
             for words, quantizer in ((chunk.keys, self.key_quantizer), (chunk.values, self.value_quantizer)):
                 fits &= words.dtype == mx.uint32 and words.shape == (batch, quantizer.words, chunk.capacity)

@@ -1,9 +1,10 @@
 """Statistics of a model's keys and values over text -> rotations (the documented API), or a Codec (the cache's own)."""
 
 import contextlib
+import dataclasses
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import mlx.core as mx
 import numpy as np
@@ -11,12 +12,14 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from . import codec as codecs
-from .calibration_text import calibration_sequences
+from .calibration_text import Placed, calibration_sequences, context_of, place
+from .codebook import MAX_BITS, dequantize, quantize
 from .codec import Codec, Transforms
-from .intercept import dispatching, recorders
+from .fisher import LayerFisher, gather
+from .intercept import dispatching, observers
 from .moments import Moments, SecondMoments
 from .rotation_files import RotationFileError, load_cached_rotations, save_rotations
-from .spectral_quant import SpectralRotation
+from .spectral_quant import SMALLEST_RELATIVE_DEVIATION, SpectralRotation
 
 __all__ = [
     "RotationFileError",
@@ -30,6 +33,9 @@ __all__ = [
 
 # Eigenvalues of a metric below this share of the largest are raised to it: its inverse root must stay bounded.
 METRIC_FLOOR = 1e-5
+STRETCHES = (1.0, 1.2, 1.5, 2.0)
+KEPT_VECTORS = 4096  # of each head, on which costs are measured
+RATIO_LIMITS = (0.5, 20.0)
 OUTPUT_PROJECTIONS = ("o_proj", "out_proj", "dense", "c_proj", "wo", "o")
 
 
@@ -56,7 +62,7 @@ def calibrate_spectral_rotation(
 
     with _on_device(device):
         sequences = calibration_sequences(model, tokenizer, num_samples, sequence_length, texts, seed)
-        _run(model, sequences, see)
+        _run(model, [Placed(s, 0) for s in sequences], see)
     _require_layers(seen)
     return [
         _pooled_rotation(keys, f"layers.{i}", _pooled_rotation(values, f"layers.{i}", None))
@@ -90,32 +96,121 @@ def calibrate_codec(
     *,
     texts: Sequence[str] | None = None,
     seed: int = 0,
+    objective: Literal["fisher", "variance"] = "fisher",
+    window: int = 128,
+    sinks: int = 4,
 ) -> Codec:
-    """The codec of a model: for each layer, KV head, and keys or values, the basis in which squared error costs least.
+    """The codec of a model: for each layer, KV head, and keys or values, the basis in which errors cost least.
 
-    With metric F and covariance C, A = F^(1/2) and A C A = U diag(l) UT; analysis is A U. For keys F is the second
-    moment of the queries that read them (OSCAR, arXiv 2605.17757); for values WoT Wo of the output projection.
+    With metric F and covariance C, A = F^(1/2) and A C A = U diag(l) UT; analysis is A U. objective="fisher": F is the
+    Fisher information of the vectors (fisher.py), costs are in nats and bits go wherever in the model they save most.
+    "variance" needs no gradients: F is the second moment of the queries for keys (OSCAR, arXiv 2605.17757) and WoT Wo
+    of the output projection for values, and every layer gets the same bits. A model that cannot be differentiated is
+    calibrated by "variance", with a warning.
     """
-    seen: dict[int, tuple[Moments, Moments, SecondMoments]] = {}
+    if objective not in ("fisher", "variance"):
+        raise ValueError(f'objective is {objective!r}; expected "fisher" or "variance".')
+    sequences = calibration_sequences(model, tokenizer, num_samples, sequence_length, texts, seed)
+    placed = place(sequences, context_of(model))
+    layers = None
+    if objective == "fisher":
+        try:
+            layers = _fisher_layers(model, placed, window, sinks, seed)
+        except (ValueError, RuntimeError) as error:
+            if "activations hold" in str(error):
+                raise
+            warnings.warn(f"no gradients through this model ({error}): calibrating by variance.", stacklevel=2)
+            objective = "variance"
+    if layers is None:
+        layers = _variance_layers(model, placed)
+    provenance = {
+        "objective": objective, "sequences": len(sequences), "sequence_length": sequence_length, "seed": seed,
+        "text": "built-in" if texts is None else "user", "tokens": sum(s.size for s in sequences),
+        "context": context_of(model),
+    }  # fmt: skip
+    return Codec(codecs.fingerprint(model), layers, provenance)
+
+
+Layers = dict[int, tuple[Transforms, Transforms]]
+
+
+def _fisher_layers(model: Any, sequences: Sequence[Placed], window: int, sinks: int, seed: int) -> Layers:
+    progress = tqdm(sequences, desc="calibrating", unit="sequence")
+    statistics = gather(model, progress, window, sinks, seed)
+    _require_layers(statistics)
+    return {
+        i: (_fisher_transforms(keys), _fisher_transforms(values))
+        for i, (keys, values) in tqdm(statistics.items(), desc="measuring", unit="layer")
+    }
+
+
+def _fisher_transforms(seen: LayerFisher) -> Transforms:
+    transforms = _transforms(seen.vectors, seen.metric, [x for x, _ in seen.kept])
+    # Half the squared error in the metric is KL, and errors add up along the sequence.
+    costs = transforms.costs / 2 * _sequence_ratio(transforms, seen.kept)
+    return dataclasses.replace(transforms, costs=costs.astype(np.float32))
+
+
+def _sequence_ratio(transforms: Transforms, kept: list[tuple[mx.array, mx.array]]) -> NDArray[np.float64]:
+    """[H, 1, 9]: how much more errors of a head cost than if those of different tokens were independent.
+
+    The square of the sum over a sequence of gradient times error, over the mean cost in the metric; pooled over the
+    coordinates of a head, because one coordinate alone is too noisy.
+    """
+    heads = len(transforms.mean)
+    deviation = _deviations(transforms.eigenvalues.astype(np.float64))
+    analysis = mx.array((transforms.analysis / deviation[:, None]).astype(np.float32))
+    synthesis = np.linalg.inv(transforms.analysis.astype(np.float64)) * deviation[..., None]
+    back = mx.array(synthesis.astype(np.float32))
+    mean, stretch = mx.array(transforms.mean)[:, None], mx.array(transforms.stretch)[:, None]
+    total, tokens = np.zeros((heads, MAX_BITS + 1)), 0
+    for x, g in kept:
+        unit, slope = (x - mean) @ analysis, g @ back.swapaxes(1, 2)
+        tokens += x.shape[1]
+        for bits in range(MAX_BITS + 1):
+            s = stretch[..., bits]
+            rounded = dequantize(quantize(unit / s, bits), bits) * s if bits else mx.zeros_like(unit)
+            total[:, bits] += np.array(((slope * (rounded - unit)).sum(axis=1) ** 2).sum(axis=-1))
+    independent = transforms.costs.astype(np.float64).sum(axis=1)
+    ratio = total / tokens / np.maximum(independent, 1e-30)
+    return np.asarray(np.clip(ratio, *RATIO_LIMITS)[:, None])
+
+
+def _variance_layers(model: Any, sequences: Sequence[Placed]) -> Layers:
+    seen: dict[int, _Seen] = {}
+    stride = max(1, -(-sum(s.ids.size for s in sequences) // KEPT_VECTORS))
 
     def see(layer: int, queries: mx.array, keys: mx.array, values: mx.array) -> None:
-        key_moments, value_moments, query_moments = seen.setdefault(layer, (Moments(), Moments(), SecondMoments()))
-        key_moments.update(keys)
-        value_moments.update(values)
-        query_moments.update(queries, keys.shape[1])
+        seen.setdefault(layer, _Seen(stride)).update(queries, keys, values)
 
-    sequences = calibration_sequences(model, tokenizer, num_samples, sequence_length, texts, seed)
     _run(model, sequences, see)
     _require_layers(seen)
     layers = {}
-    for i, (keys, values, queries) in seen.items():
-        output = _output_metric(model, i, *values.mean.shape)
-        layers[i] = _transforms(keys, queries.value), _transforms(values, output)
-    provenance = {
-        "objective": "variance", "sequences": len(sequences), "sequence_length": sequence_length, "seed": seed,
-        "text": "built-in" if texts is None else "user", "tokens": sum(s.size for s in sequences),
-    }  # fmt: skip
-    return Codec(codecs.fingerprint(model), layers, provenance)
+    for i, layer in tqdm(seen.items(), desc="measuring", unit="layer"):
+        output = _output_metric(model, i, *layer.values.mean.shape)
+        layers[i] = (
+            _transforms(layer.keys, layer.queries.value, layer.kept_keys),
+            _transforms(layer.values, output, layer.kept_values),
+        )
+    return layers
+
+
+class _Seen:
+    """What one layer showed: moments, and every `stride`-th vector."""
+
+    def __init__(self, stride: int) -> None:
+        self.keys, self.values, self.queries = Moments(), Moments(), SecondMoments()
+        self.kept_keys: list[mx.array] = []
+        self.kept_values: list[mx.array] = []
+        self._stride = stride
+
+    def update(self, queries: mx.array, keys: mx.array, values: mx.array) -> None:
+        self.keys.update(keys)
+        self.values.update(values)
+        self.queries.update(queries, keys.shape[1])
+        for kept, x in ((self.kept_keys, keys), (self.kept_values, values)):
+            kept.append(mx.contiguous(x[0, :, :: self._stride]))
+            mx.eval(kept[-1])  # or the whole forward pass would be held
 
 
 def codec_for(model: Any, tokenizer: Any | Callable[[], Any] | None) -> Codec:
@@ -140,10 +235,10 @@ def codec_for(model: Any, tokenizer: Any | Callable[[], Any] | None) -> Codec:
     return made
 
 
-def _run(model: Any, sequences: Sequence[mx.array], see: Callable[..., None]) -> None:
+def _run(model: Any, sequences: Sequence[Placed], see: Callable[..., None]) -> None:
     with dispatching():
-        for ids in tqdm(sequences, desc="calibrating", unit="sequence"):
-            mx.eval(model(ids[None], cache=recorders(model, see)))
+        for ids, offset in tqdm(sequences, desc="calibrating", unit="sequence"):
+            mx.eval(model(ids[None], cache=observers(model, see, offset)))
 
 
 def _require_layers(seen: dict[int, Any]) -> None:
@@ -189,7 +284,7 @@ def _rotation(
     return SpectralRotation(arrays[0], arrays[1], len(mean), name, arrays[2], values)
 
 
-def _transforms(moments: Moments, metric: NDArray[np.float64]) -> Transforms:
+def _transforms(moments: Moments, metric: NDArray[np.float64], kept: list[mx.array]) -> Transforms:
     heads, dims = moments.mean.shape
     analysis, eigenvalues = np.zeros((heads, dims, dims)), np.zeros((heads, dims))
     for h in range(heads):
@@ -197,7 +292,32 @@ def _transforms(moments: Moments, metric: NDArray[np.float64]) -> Transforms:
         root = (basis * np.sqrt(np.maximum(weights, METRIC_FLOOR * weights[0]))) @ basis.T
         eigenvalues[h], vectors = _eigen(root @ moments.covariance[h] @ root)
         analysis[h] = root @ vectors
-    return Transforms(*(np.ascontiguousarray(a, dtype=np.float32) for a in (moments.mean, analysis, eigenvalues)))
+    centred = mx.concatenate(kept, axis=1).astype(mx.float32) - mx.array(moments.mean.astype(np.float32))[:, None]
+    costs, stretch = _measure_costs(centred @ mx.array(analysis.astype(np.float32)), eigenvalues)
+    arrays = moments.mean, analysis, eigenvalues, costs, stretch
+    return Transforms(*(np.ascontiguousarray(a, dtype=np.float32) for a in arrays))
+
+
+def _measure_costs(z: mx.array, eigenvalues: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Mean squared error of coordinates z [H, T, D] at 0..8 bits, [H, D, 9], and the stretch that gives it."""
+    scale = _deviations(eigenvalues)
+    unit = (z / mx.array(scale.astype(np.float32))[:, None])[:, :: max(1, -(-z.shape[1] // KEPT_VECTORS))]
+    costs, stretch = np.zeros((*eigenvalues.shape, MAX_BITS + 1)), np.ones((*eigenvalues.shape, MAX_BITS + 1))
+    costs[..., 0] = np.array((unit**2).mean(axis=1))
+    for bits in range(1, MAX_BITS + 1):
+        errors = [((dequantize(quantize(unit / s, bits), bits) * s - unit) ** 2).mean(axis=1) for s in STRETCHES]
+        table = np.array(mx.stack(errors))
+        best = table.argmin(axis=0)
+        costs[..., bits] = np.take_along_axis(table, best[None], axis=0)[0]
+        stretch[..., bits] = np.array(STRETCHES)[best]
+    return costs * scale[..., None] ** 2, stretch
+
+
+def _deviations(eigenvalues: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Standard deviations [H, D], none of them zero."""
+    root = np.sqrt(np.maximum(eigenvalues, 0))
+    smallest = np.maximum(root.max(axis=-1, keepdims=True) * SMALLEST_RELATIVE_DEVIATION, 1e-30)
+    return np.asarray(np.maximum(root, smallest))
 
 
 def _output_metric(model: Any, layer: int, heads: int, dims: int) -> NDArray[np.float64]:

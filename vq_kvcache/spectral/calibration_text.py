@@ -1,15 +1,15 @@
 """Where calibration tokens come from when the user brings none.
 
-Four sources in equal shares: shipped prose, reference and fact lists (data/calibration, provenance beside it); code, read
-from the running interpreter's standard library; and text that the model itself writes at temperature 1, which brings the
-languages and formats it knows.
+Shipped prose, reference and fact lists (data/calibration, provenance beside it) and code, read from the running
+interpreter's standard library, in equal shares; and text that the model itself writes at temperature 1, which brings
+the languages and formats it knows.
 """
 
 import importlib
 import importlib.resources
 import pathlib
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
@@ -18,6 +18,35 @@ CODE_MODULES = ("argparse", "json.decoder", "textwrap", "statistics", "heapq", "
 # The share of sequences that the model writes itself; each of its tokens costs a whole decode step.
 SELF_WRITTEN_SHARE = 1 / 8
 PIECE_CHARACTERS = 2000
+LONGEST_CONTEXT = 32768
+
+
+class Placed(NamedTuple):
+    """Tokens, and the position of the first of them."""
+
+    ids: mx.array
+    offset: int
+
+
+def place(sequences: Sequence[mx.array], context: int) -> list[Placed]:
+    """Give sequences first positions from 0 to the end of `context`, denser near 0.
+
+    A cached key is turned by its absolute position, so keys far into a long context look unlike those of a short
+    sequence; attention sees differences of positions only, so a shifted sequence costs no more than any other.
+    """
+    golden = (5**0.5 - 1) / 2  # multiples of it, modulo 1, fill the interval evenly at every length
+    free = [max(context - s.size, 0) for s in sequences]
+    return [
+        Placed(s, int(room * (i * golden % 1) ** 2)) for i, (s, room) in enumerate(zip(sequences, free, strict=True))
+    ]
+
+
+def context_of(model: Any) -> int:
+    """The model's context in tokens, by its configuration, at most LONGEST_CONTEXT; 0 when it does not say."""
+    args = getattr(model, "args", None)
+    names = ("max_position_embeddings", "n_positions", "max_seq_len")
+    stated = [v for name in names if isinstance(v := getattr(args, name, None), int)]
+    return min([*stated, LONGEST_CONTEXT]) if stated else 0
 
 
 def built_in_texts() -> list[str]:
@@ -36,7 +65,7 @@ def encode(tokenizer: Any, text: str) -> list[int]:
     return [int(i) for piece in pieces for i in tokenizer.encode(piece, add_special_tokens=False)]
 
 
-def cut(ids: Sequence[int], count: int, length: int) -> list[mx.array]:
+def cut(ids: list[int], count: int, length: int) -> list[mx.array]:
     """At most `count` sequences [length] evenly spread over `ids`; one shorter sequence when there is no full one."""
     whole = len(ids) // length
     if whole == 0:

@@ -21,11 +21,11 @@ COEFFICIENTS: dict[int, tuple[float, ...]] = {
     3: (1.885820916693707, 0.7414300194289128),
     4: (2.101240001649792, 0.06613310692223695, 0.9693569640957511),
     5: (2.066273923746937, 1.1245864333006432, -1.7403314102369116, 2.135073305931678),
-    6: (2.1848443155708916, -0.3432120125863212, 4.997923402402355, -8.874928711288145, 6.020844623573401),
-    7: (2.114150584314214, 1.8031756012063624, -9.262782771148325, 29.5876408670611, -38.838239202970094,
-        18.93986826972695),
-    8: (2.1038584819806974, 2.254407103911639, -12.590511186478345, 39.75911795520214, -52.10396782991407,
-        25.19120629108956),
+    6: (2.18484478579491, -0.3432121110956249, 4.997922281691047, -8.874926919079686, 6.020843719747564),
+    7: (2.1150440296843063, 1.801653975174024, -9.257733329798661, 29.575529865021892, -38.825090532317,
+        18.934636273726124),
+    8: (2.115435088741087, 2.2358858416399054, -12.487976550253318, 39.4791599954084, -51.78993848609954,
+        25.06517963292898),
 }  # fmt: skip
 
 
@@ -35,7 +35,9 @@ def levels(bits: int) -> NDArray[np.float64]:
     if bits == 0:
         return np.zeros(1)
     t = (2 * np.arange(2**bits) + 1 - 2**bits) / 2**bits
-    return sum((c * t ** (2 * k + 1) for k, c in enumerate(COEFFICIENTS[bits])), np.zeros_like(t))
+    powers = np.array([t ** (2 * k + 1) for k in range(len(COEFFICIENTS[bits]))])
+    result: NDArray[np.float64] = np.array(COEFFICIENTS[bits]) @ powers
+    return result
 
 
 @functools.cache
@@ -54,10 +56,10 @@ def dequantize(codes: mx.array, bits: int) -> mx.array:
     t = codes.astype(mx.float32) * (2.0 / 2**bits) + (1.0 / 2**bits - 1.0)
     square = t * t
     *rest, value = COEFFICIENTS[bits]
-    result: mx.array | float = value
+    result: mx.array = t * value
     for c in reversed(rest):
-        result = result * square + c
-    return t * result
+        result = result * square + t * c
+    return result
 
 
 def quantize(z: mx.array, bits: int) -> mx.array:

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load as load_safetensors
 from safetensors.numpy import save as save_safetensors
 
-from .bit_allocator import allocate, gaussian_costs
+from .bit_allocator import allocate
 from .codebook import MAX_BITS
 from .files import cache_folder, sha256, write_atomically
 from .packing import WORD_BITS, allocate_words
@@ -29,6 +29,9 @@ SAMPLED_BYTES = 1 << 20
 SAMPLES_PER_PARAMETER = 256
 
 
+ARRAYS = ("mean", "analysis", "eigenvalues", "costs", "stretch")
+
+
 class CodecError(ValueError):
     """A codec that cannot be used; the message says what was found, what was expected and what to do."""
 
@@ -38,38 +41,48 @@ class Transforms:
     """Of the keys or the values of one layer's H heads, float32: z = analysisT (x - mean) has variances `eigenvalues`.
 
     mean [H, D], analysis [H, D, D] (a coordinate per column), eigenvalues [H, D] descending, in units of the metric.
+    costs [H, D, 9]: what each coordinate costs at 0..8 bits, measured, in the metric.  stretch [H, D, 9]: the factor on
+    its standard deviation that gives this cost, because coordinates are not Gaussian and levels may need room.
     """
 
     mean: NDArray[np.float32]
     analysis: NDArray[np.float32]
     eigenvalues: NDArray[np.float32]
+    costs: NDArray[np.float32]
+    stretch: NDArray[np.float32]
 
     def __post_init__(self) -> None:
         heads, dims = self.mean.shape
-        if self.analysis.shape != (heads, dims, dims) or self.eigenvalues.shape != (heads, dims):
-            raise CodecError(
-                f"transforms of shapes {self.mean.shape}, {self.analysis.shape}, {self.eigenvalues.shape}; "
-                "expected [H, D], [H, D, D], [H, D]; calibrate again."
-            )
-        if not all(np.isfinite(a).all() for a in (self.mean, self.analysis, self.eigenvalues)):
-            raise CodecError("transforms hold NaN or infinity; expected finite numbers; calibrate again.")
+        expected = (heads, dims), (heads, dims, dims), (heads, dims), *((heads, dims, MAX_BITS + 1),) * 2
+        arrays = tuple(getattr(self, f.name) for f in dataclasses.fields(self))
+        if tuple(a.shape for a in arrays) != expected:
+            shapes = [a.shape for a in arrays]
+            raise CodecError(f"transforms have shapes {shapes}; expected {list(expected)}; calibrate again.")
+        if not all(np.isfinite(a).all() for a in arrays) or (self.stretch <= 0).any():
+            raise CodecError("transforms hold NaN, infinity or a scale of 0; expected finite ones; calibrate again.")
 
-    def widths(self, bits_per_value: float) -> list[NDArray[np.int64]]:
-        """Bits of each dimension of each head; the stored words of all heads together keep within the budget."""
-        heads, dims = self.mean.shape
-        words = int(bits_per_value * heads * dims // WORD_BITS)
-        costs = [gaussian_costs(np.maximum(e, 0)) for e in self.eigenvalues]
-        bits = allocate(np.concatenate(costs), min(WORD_BITS * words, MAX_BITS * heads * dims)).reshape(heads, dims)
-        shares = bits.sum(axis=1) / WORD_BITS
-        whole = np.floor(shares).astype(int)
-        for h in np.argsort(whole - shares, kind="stable")[: words - int(whole.sum())]:
-            whole[h] += 1
-        return [allocate_words(c, w) for c, w in zip(costs, whole.tolist(), strict=True)]
+    def quantizer(self, widths: list[NDArray[np.int64]]) -> SpectralQuantizer:
+        """One SpectralQuantizer per head, stacked, from the widths [D] of each."""
+        dims = np.arange(self.mean.shape[1])
+        heads = []
+        for h, bits in enumerate(widths):
+            variances = self.eigenvalues[h] * self.stretch[h, dims, bits] ** 2
+            heads.append(SpectralQuantizer.from_transform(self.mean[h], self.analysis[h], variances, bits))
+        return SpectralQuantizer.stack(heads)
 
-    def quantizer(self, bits_per_value: float) -> SpectralQuantizer:
-        """One SpectralQuantizer per head, stacked."""
-        parts = zip(self.mean, self.analysis, self.eigenvalues, self.widths(bits_per_value), strict=True)
-        return SpectralQuantizer.stack([SpectralQuantizer.from_transform(*part) for part in parts])
+
+def allocate_heads(costs: list[NDArray[np.float64]], bits_per_value: float) -> list[NDArray[np.int64]]:
+    """Widths [D] of heads that share one budget, from their costs [D, 9]; all their words together keep within it."""
+    # A running minimum, because one more bit can measure worse by chance and greedy would stop there.
+    falling = [np.minimum.accumulate(c, axis=1) for c in costs]
+    sizes = [len(c) for c in costs]
+    words = int(bits_per_value * sum(sizes) // WORD_BITS)
+    bits = allocate(np.concatenate(falling), min(WORD_BITS * words, MAX_BITS * sum(sizes)))
+    shares = np.array([part.sum() / WORD_BITS for part in np.split(bits, np.cumsum(sizes)[:-1])])
+    whole = np.floor(shares).astype(int)
+    for h in np.argsort(whole - shares, kind="stable")[: words - int(whole.sum())]:
+        whole[h] += 1
+    return [allocate_words(c, w) for c, w in zip(falling, whole.tolist(), strict=True)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,12 +132,26 @@ class Codec:
         if not 0.25 <= bits_per_value <= MAX_BITS:
             raise ValueError(f"bits_per_value is {bits_per_value}; expected 0.25 to {MAX_BITS}.")
         if bits_per_value not in self._plans:
+            widths = self._widths(bits_per_value)
             layers = {
-                i: LayerQuantizers(k.quantizer(bits_per_value), v.quantizer(bits_per_value))
+                i: LayerQuantizers(k.quantizer(widths[i, "keys"]), v.quantizer(widths[i, "values"]))
                 for i, (k, v) in self.layers.items()
             }
             self._plans[bits_per_value] = Plan(f"{self.identity}@{bits_per_value}", self.fingerprint, layers)
         return self._plans[bits_per_value]
+
+    def _widths(self, bits_per_value: float) -> dict[tuple[int, str], list[NDArray[np.int64]]]:
+        """Widths of each head of each (layer, part): one budget for the model where costs are in nats, else equal ones
+        for the keys and for the values of each layer."""
+        costs = {
+            (i, part): [c.astype(np.float64) for c in transforms.costs]
+            for i, pair in self.layers.items()
+            for part, transforms in zip(("keys", "values"), pair, strict=True)
+        }
+        if self.provenance.get("objective") != "fisher":
+            return {name: allocate_heads(heads, bits_per_value) for name, heads in costs.items()}
+        flat = iter(allocate_heads([c for heads in costs.values() for c in heads], bits_per_value))
+        return {name: [next(flat) for _ in heads] for name, heads in costs.items()}
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write one safetensors file, atomically."""
@@ -135,7 +162,7 @@ class Codec:
             f"layers.{i}.{part}.{name}": np.ascontiguousarray(getattr(transforms, name))
             for i, pair in self.layers.items()
             for part, transforms in zip(("keys", "values"), pair, strict=True)
-            for name in ("mean", "analysis", "eigenvalues")
+            for name in ARRAYS
         }
         description = {"version": VERSION, "fingerprint": self.fingerprint, "provenance": self.provenance}
         # One entry only: safetensors writes several in no fixed order, and equal codecs must be equal files.
@@ -171,7 +198,7 @@ def _layers(arrays: dict[str, NDArray[Any]]) -> dict[int, tuple[Transforms, Tran
 
 
 def _transforms(arrays: dict[str, NDArray[Any]], prefix: str) -> Transforms:
-    parts = [arrays[f"{prefix}.{name}"] for name in ("mean", "analysis", "eigenvalues")]
+    parts = [arrays[f"{prefix}.{name}"] for name in ARRAYS]
     if any(p.dtype != np.float32 for p in parts) or parts[0].ndim != 2:
         raise CodecError(f"{prefix} is not float32 [H, D]; expected a codec of this version; calibrate again.")
     return Transforms(*parts)

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import mlx.core as mx
 
 See = Callable[[int, mx.array, mx.array, mx.array], None]
+Attention = Callable[..., mx.array]
 
 
 class Source(Protocol):
@@ -35,6 +36,7 @@ class Handle(mx.array):
         self.source, self.part = source, part
 
 
+_NAME = "scaled_dot_product_attention"
 _lock = threading.Lock()
 _users = 0
 _original: Callable[..., mx.array] = mx.fast.scaled_dot_product_attention
@@ -58,7 +60,7 @@ def enable() -> None:
         _users += 1
         if _users == 1:
             _original = mx.fast.scaled_dot_product_attention
-            mx.fast.scaled_dot_product_attention = _attention
+            setattr(mx.fast, _NAME, _attention)
 
 
 def disable() -> None:
@@ -69,8 +71,8 @@ def disable() -> None:
             return
         _users -= 1
         # Somebody may have wrapped ours meanwhile: theirs stays, and ours passes everything on.
-        if _users == 0 and mx.fast.scaled_dot_product_attention is _attention:
-            mx.fast.scaled_dot_product_attention = _original
+        if _users == 0 and getattr(mx.fast, _NAME) is _attention:
+            setattr(mx.fast, _NAME, _original)
 
 
 @contextlib.contextmanager
@@ -86,10 +88,8 @@ def dispatching() -> Iterator[None]:
 class _Recorder:
     """Takes the place of a KV cache for one forward pass over a whole sequence: shows what passes and keeps nothing."""
 
-    offset = 0
-
-    def __init__(self, index: int, see: See) -> None:
-        self._index, self._see = index, see
+    def __init__(self, index: int, attend: Attention, offset: int) -> None:
+        self._index, self._attend, self.offset = index, attend, offset
         self._fetched: tuple[Handle, Handle] | None = None
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[Handle, Handle]:
@@ -110,18 +110,32 @@ class _Recorder:
     def attention(
         self, queries: mx.array, keys: Handle, values: mx.array, original: Callable[..., mx.array], **options: Any
     ) -> mx.array:
-        self._see(self._index, queries, keys, values)
-        return original(queries, keys, values, **options)
+        return self._attend(self._index, queries, keys, values, original, **options)
 
 
-def recorders(model: Any, see: See) -> list[Any]:
-    """Caches to pass as `cache=` for one forward pass: `see(index, queries, keys, values)` is called by every
-    full-attention layer, queries [B, Hq, L, D], keys and values [B, H, L, D], index that of the layer's cache.
+def recorders(model: Any, attend: Attention, offset: int = 0) -> list[Any]:
+    """Caches to pass as `cache=` for one forward pass over a whole sequence.
 
-    Layers with another kind of state (sliding windows, recurrent state) get the model's own cache and are not seen.
+    Every full-attention layer attends by `attend(index, queries, keys, values, original, scale=, mask=, ...)`, index
+    that of the layer's cache, queries [B, Hq, L, D], keys and values [B, H, L, D]. Layers with another kind of state
+    (sliding windows, recurrent state) get the model's own cache and are not seen. `offset` is the position of the
+    sequence's first token.
     """
     make_cache = getattr(type(model), "make_cache", None)  # the class's own: an instance may carry a hook
     if make_cache is None:
-        return [_Recorder(i, see) for i in range(len(model.layers))]
-    own = make_cache(model)
-    return [_Recorder(i, see) if type(c).__name__ == "KVCache" else c for i, c in enumerate(own)]
+        return [_Recorder(i, attend, offset) for i in range(len(model.layers))]
+    return [
+        _Recorder(i, attend, offset) if type(c).__name__ == "KVCache" else c for i, c in enumerate(make_cache(model))
+    ]
+
+
+def observers(model: Any, see: See, offset: int = 0) -> list[Any]:
+    """`recorders` that call `see(index, queries, keys, values)` and attend as MLX does."""
+
+    def attend(
+        index: int, queries: mx.array, keys: mx.array, values: mx.array, original: Attention, **options: Any
+    ) -> mx.array:
+        see(index, queries, keys, values)
+        return original(queries, keys, values, **options)
+
+    return recorders(model, attend, offset)

@@ -1,8 +1,9 @@
 """THE byte layout: how the codes of one head's vector lie in 32-bit words.
 
-A vector of D coordinates with widths 0..8 becomes W words of 32 bits. Widths never increase along the vector. Words are
-filled first-fit in that order, so a word holds a run of equal widths and, in its last bits, narrower codes: ten 3-bit
-codes and one of 2 bits. A code never straddles two words. Words of equal content are neighbours and form *segments*:
+A vector of D coordinates with widths 0..8 becomes W words of 32 bits. Each word is filled to its last bit where the
+codes left allow it, with as many as possible of the first width of FILL_ORDER, then of the second, and so on. It holds
+a run of codes of each of its widths, the widest in its lowest bits: ten 3-bit codes and one of 2 bits. A code never
+straddles two words. Words of equal content are neighbours and form *segments*:
 
     segment (width, shift, first_word, words, slots, first):
         coordinate first + s * words + w  =  (word[first_word + w] >> (shift + s * width)) & (2^width - 1)
@@ -25,6 +26,8 @@ from .bit_allocator import allocate
 from .codebook import MAX_BITS, dequantize
 
 WORD_BITS = 32
+# Codes of the first widths leave the most bits of a word over when alone, so they choose their company first.
+FILL_ORDER = (3, 5, 7, 6, 8, 4, 2, 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,23 +48,32 @@ class Segment:
 
 
 def fill_words(counts: Sequence[int]) -> list[dict[int, int]]:
-    """First-fit decreasing: `counts[b]` codes of width b -> one {width: codes} per word, equal words together."""
-    open_words: list[tuple[int, dict[int, int]]] = []
-    for width in range(MAX_BITS, 0, -1):
-        left = counts[width]
-        for i, (free, content) in enumerate(open_words):
-            take = min(free // width, left)
-            if take:
-                open_words[i] = (free - take * width, {**content, width: take})
-                left -= take
-        per_word = WORD_BITS // width
-        while left > 0:
-            take = min(per_word, left)
-            open_words.append((WORD_BITS - take * width, {width: take}))
-            left -= take
-    contents = [content for _, content in open_words]
-    order = {tuple(c.items()): None for c in contents}  # first appearance decides
-    return [dict(key) for key in order for c in contents if tuple(c.items()) == key]
+    """`counts[b]` codes of width b -> one {width: codes} per word, as full as can be, equal words together."""
+    left, contents = list(counts), []
+    while any(left[1:]):
+        content = _fullest_word(left)
+        times = min(left[width] // codes for width, codes in content.items())
+        for width, codes in content.items():
+            left[width] -= codes * times
+        contents += [content] * times
+    return contents
+
+
+def _fullest_word(left: Sequence[int]) -> dict[int, int]:
+    sums = [1]  # bit n is set when the widths from here on can fill n bits
+    for width in reversed(FILL_ORDER):
+        mask = sums[-1]
+        for _ in range(min(left[width], WORD_BITS // width)):
+            mask |= mask << width
+        sums.append(mask & ((1 << (WORD_BITS + 1)) - 1))
+    room, content = sums.pop().bit_length() - 1, {}
+    for width in FILL_ORDER:
+        rest, most = sums.pop(), min(left[width], room // width)
+        codes = next(n for n in range(most, -1, -1) if rest >> (room - n * width) & 1)
+        if codes:
+            content[width] = codes
+            room -= codes * width
+    return dict(sorted(content.items(), reverse=True))
 
 
 class Layout:

@@ -69,7 +69,7 @@ def _remove_unused(folder: pathlib.Path, entries: list[dict[str, Any]]) -> None:
 
 
 def load_cached_rotations(path: str | os.PathLike[str]) -> list[SpectralRotation]:
-    """Rotations saved by `save_rotations` (a folder), or by veloxquant_mlx (rotations.npz, or the folder that holds it).
+    """Rotations saved by `save_rotations` (a folder), or by veloxquant_mlx (rotations.npz, or the folder of one).
 
     RotationFileError, in one sentence, for anything missing, truncated, altered or pickled.
     """

@@ -2,8 +2,8 @@
 
     z = analysisT (x - mean)      codes = nearest levels of z      x^ = mean + synthesisT levels(codes)
 
-`analysis` brings every coordinate to unit variance over the calibration text, so that one set of levels serves all and no
-scale is stored with a vector.
+`analysis` brings every coordinate to unit variance over the calibration text, so that one set of levels serves all and
+no scale is stored with a vector.
 """
 
 import dataclasses
@@ -108,7 +108,7 @@ class SpectralQuantizer:
         quantizer._set_up(
             [np.array(mean, dtype=np.float64)],
             [matrix],
-            [np.linalg.inv(matrix)],
+            [np.asarray(np.linalg.inv(matrix), dtype=np.float64)],
             [np.array(eigenvalues, dtype=np.float64)],
             [np.array(widths, dtype=np.int64)],
         )

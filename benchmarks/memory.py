@@ -1,0 +1,82 @@
+"""What does the cache really hold? Its nbytes against MLX's active memory, and the peak of decoding.
+
+    python benchmarks/memory.py
+
+Layers of tiny-llama (6 layers, 2 KV heads of 64, fp16), filled through update_and_fetch; then 50 decode steps of
+the model itself at 4,096 tokens.
+"""
+
+import argparse
+import gc
+from typing import Any
+
+import measure
+import mlx.core as mx
+from mlx_lm.models.cache import KVCache
+
+from vq_kvcache import SpectralKVCache, load, make_prompt_cache
+from vq_kvcache.demo import model_folder
+
+CONTEXTS = (512, 1024, 2048, 4096)
+DECODE_STEPS = 50
+
+
+def active_bytes() -> int:
+    """Bytes MLX holds now, its cache of free buffers emptied."""
+    gc.collect()
+    mx.synchronize()
+    mx.clear_cache()
+    return int(mx.get_active_memory())
+
+
+def fill(model: Any, caches: list[Any], tokens: int) -> None:
+    """Append random keys and values up to `tokens`, in prompt-sized pieces and, at the end, one by one."""
+    args = model.args
+    for cache in caches:
+        while cache.offset < tokens:
+            length = min(256, tokens - cache.offset - 8) if tokens - cache.offset > 8 else 1
+            shape = (1, args.num_key_value_heads, length, args.head_dim)
+            cache.update_and_fetch(mx.random.normal(shape, mx.float16), mx.random.normal(shape, mx.float16))
+            mx.eval(cache.state)
+
+
+def held(model: Any, choice: Any, tokens: int) -> dict[str, float]:
+    """nbytes of the caches at `tokens`, and by how much active memory grew when they were filled."""
+    caches = make_prompt_cache(model, cache=choice)
+    before = active_bytes()
+    fill(model, caches, tokens)
+    row = {"nbytes": sum(c.nbytes for c in caches), "active_bytes": active_bytes() - before}
+    if isinstance(caches[0], SpectralKVCache):
+        stats = [c.stats() for c in caches]
+        row |= {name: sum(s[name] for s in stats) for name in stats[0]}
+    return row
+
+
+def decode_peak(model: Any, choice: Any) -> dict[str, float]:
+    """Peak minus active memory over decode steps at the longest context."""
+    caches = make_prompt_cache(model, cache=choice)
+    fill(model, caches, CONTEXTS[-1] - DECODE_STEPS)
+    token = mx.array([[5]])
+    mx.eval(model(token, cache=caches))
+    active = active_bytes()
+    mx.reset_peak_memory()
+    for _ in range(DECODE_STEPS - 1):
+        mx.eval(model(token, cache=caches), [c.state for c in caches])
+    return {"peak_minus_active": mx.get_peak_memory() - active}
+
+
+def main() -> None:
+    """Measure and write results/memory.json."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    model, _ = load(str(model_folder()))[:2]
+    choices = {"full precision": KVCache}
+    choices |= {f"spectral {b}": SpectralKVCache.with_options(bits_per_value=b) for b in (1.0, 2.0, 3.0, 4.0)}
+    rows = {name: {str(n): held(model, choice, n) for n in CONTEXTS} for name, choice in choices.items()}
+    peaks = {name: decode_peak(model, choice) for name, choice in choices.items()}
+    measure.save(measure.RESULTS / "memory.json", {"contexts": CONTEXTS, "held": rows, "decode": peaks})
+    for name, row in rows.items():
+        print(name, {n: (r["nbytes"], round(r["active_bytes"] / r["nbytes"], 4)) for n, r in row.items()}, peaks[name])
+
+
+if __name__ == "__main__":
+    main()

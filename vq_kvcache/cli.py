@@ -1,0 +1,99 @@
+"""The command `vq_kvcache`: its own subcommands, and every mlx_lm command with the spectral cache on."""
+
+import argparse
+import sys
+import warnings
+from collections.abc import Sequence
+
+OWN = {
+    "demo": "generate with the shipped model from both caches and compare them",
+    "patch": "give the installed mlx_lm.generate the option --kv-cache spectral, or take it back",
+}
+MLX_LM = ("generate", "chat", "server", "cache_prompt", "evaluate", "benchmark")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one subcommand; returns the exit status."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    warnings.showwarning = _show_warning
+    if arguments and arguments[0] == "--version":
+        from . import __version__
+
+        print(__version__)
+        return 0
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_usage())
+        return 0 if arguments else 2
+    command, *rest = arguments
+    if command == "demo":
+        from .demo import main as demo
+
+        return demo(rest)
+    if command == "patch":
+        from .patching import main as patch
+
+        return patch(rest)
+    if command in MLX_LM:
+        return _run_mlx_lm(command, rest)
+    print(f"vq_kvcache: unknown command {command!r}; expected one of {', '.join([*OWN, *MLX_LM])}.", file=sys.stderr)
+    return 2
+
+
+def _usage() -> str:
+    lines = ["usage: vq_kvcache COMMAND ...", "", "commands:"]
+    lines += [f"  {name:13s} {text}" for name, text in OWN.items()]
+    lines += [f"  {name:13s} mlx_lm's own command with the spectral cache on" for name in MLX_LM]
+    return "\n".join([*lines, "", "`vq_kvcache COMMAND --help` shows the options of each."])
+
+
+def cache_parser(command: str) -> argparse.ArgumentParser:
+    """The options that are added to an mlx_lm command."""
+    parser = argparse.ArgumentParser(
+        prog=f"vq_kvcache {command}", add_help=False, allow_abbrev=False,
+        usage=f"vq_kvcache {command} [cache options] [options of mlx_lm {command}]",
+    )  # fmt: skip
+    group = parser.add_argument_group("cache options")
+    group.add_argument("--kv-cache", choices=("spectral", "full"), default="spectral", help="default: spectral")
+    group.add_argument("--kv-avg-bits", type=float, default=2.0, help="stored bits per cached number (default: 2.0)")
+    group.add_argument("--kv-window", type=int, default=128, help="newest tokens kept exact (default: 128)")
+    group.add_argument("--kv-sinks", type=int, default=4, help="first tokens kept exact (default: 4)")
+    group.add_argument("--kv-codec", default=None, help="codec file (default: found by model, or made once)")
+    return parser
+
+
+def _run_mlx_lm(command: str, arguments: list[str]) -> int:
+    parser = cache_parser(command)
+    options, rest = parser.parse_known_args(arguments)
+    if {"-h", "--help"} & set(rest):
+        parser.print_help()
+        print(f"\noptions of mlx_lm {command}:\n", flush=True)
+    if options.kv_cache == "spectral" and any(a.split("=")[0] == "--kv-bits" for a in rest):
+        parser.error("--kv-bits asks for mlx-lm's own quantized cache; use --kv-avg-bits, or add --kv-cache full.")
+
+    from mlx_lm import cli as mlx_lm_cli
+
+    from .cache import CacheOptions
+    from .hooks import install
+    from .spectral.codec import CodecError
+
+    sys.argv = [f"vq_kvcache {command}", command, *rest]
+    try:
+        if options.kv_cache == "full":
+            mlx_lm_cli.main()
+            return 0
+        chosen = CacheOptions(options.kv_avg_bits, options.kv_window, options.kv_sinks, options.kv_codec)
+        with install(chosen):
+            mlx_lm_cli.main()
+    except CodecError as error:
+        print(f"vq_kvcache: {error}", file=sys.stderr)
+        return 1
+    except ValueError as error:
+        if "expected" not in str(error):  # not one of ours
+            raise
+        print(f"vq_kvcache: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _show_warning(message: Warning | str, category: type[Warning], *_: object, **__: object) -> None:
+    print(f"warning: {message}", file=sys.stderr)
