@@ -40,7 +40,7 @@ def methods(model: Any, tokenizer: Any, head_dim: int, codec: Codec, bits: list[
         table[f"random rotation {b}"] = (lambda c=change: measure.baseline_caches(model, c)), b + 16 / head_dim
         change = measure.affine(b)
         table[f"mlx affine {b}"] = (lambda c=change: measure.baseline_caches(model, c)), b + 32 / 64
-    rotations = calibrate_spectral_rotation(model, tokenizer, 16, 1024, device="cpu")
+    rotations = calibrate_spectral_rotation(model, tokenizer, 16, 1024)
     for name, (signal, noise, fill) in DOCUMENTED.items():
         table[name] = _documented(model, rotations, signal, noise, fill)
     return table

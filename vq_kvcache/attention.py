@@ -63,9 +63,11 @@ def _packed_part(snapshot: Snapshot, q: mx.array, visible: "_Visible") -> Runnin
     for start in range(0, tokens, tile):
         end = min(start + tile, tokens)
         key_words, value_words = snapshot.words(start, end)
+        # MLX evaluates side by side what does not depend on each other: without this, all tiles of all layers at once.
+        key_words = mx.depends([key_words], [folded if running is None else running[2]])[0]
         scores = folded @ snapshot.key_quantizer.decode_levels(key_words) + constant
         scores = visible.hide(scores, first + start, first + end)
-        levels = snapshot.value_quantizer.decode_levels(value_words)
+        levels = snapshot.value_quantizer.decode_levels(mx.depends([value_words], [scores])[0])
         running = _attend_tile(running, scores, levels.swapaxes(-1, -2))
     assert running is not None  # attend() is called with something packed
     top, total, output = running
@@ -81,7 +83,7 @@ def _exact_part(snapshot: Snapshot, q: mx.array, visible: "_Visible", running: R
     edges = [0, *range(sinks, tokens, tile), tokens] if sinks else [*range(0, tokens, tile), tokens]
     for start, end in itertools.pairwise(edges):
         shift = 0 if start < sinks else packed
-        scores = q @ keys[:, :, start:end].swapaxes(-1, -2)
+        scores = mx.depends([q], [running[2]])[0] @ keys[:, :, start:end].swapaxes(-1, -2)
         scores = visible.hide(scores, start + shift, end + shift)
         running = _attend_tile(running, scores, values[:, :, start:end])
     return running

@@ -209,7 +209,7 @@ class SpectralKVCache(KVCache):  # type: ignore[misc]  # mlx-lm is untyped
     def state(self, value: Any) -> None:
         items = list(value)
         if not SPLIT_STATE:
-            self._read_description(items.pop(0))
+            self._read_description(items.pop(0) if items else None)
         self._restore(items)
 
     @property
@@ -240,7 +240,7 @@ class SpectralKVCache(KVCache):  # type: ignore[misc]  # mlx-lm is untyped
     @classmethod
     def from_cache(cls, kv: KVCache, like: "SpectralKVCache") -> "SpectralKVCache":
         """Pack what an mlx-lm KVCache holds, with the plan, window and sinks of `like`, a cache of the same layer."""
-        if not hasattr(kv, "keys_and_values") and not isinstance(kv, KVCache):
+        if not isinstance(kv, KVCache) or isinstance(kv, SpectralKVCache):
             raise ValueError(f"a {type(kv).__name__} was given; expected mlx-lm's KVCache.")
         cache = cls(like._require_plan(), like._layer, like._window, like._sinks)
         if kv.keys is not None and kv.offset:
@@ -325,6 +325,9 @@ class SpectralKVCache(KVCache):  # type: ignore[misc]  # mlx-lm is untyped
             self._plan = None
             self._plan_name, self._fingerprint = str(fields["plan"]), str(fields["fingerprint"])
             self._layer, self._window, self._sinks = (int(fields[n]) for n in ("layer", "window", "sinks"))
+            if "chunks" in fields:
+                fields["chunks"] = [int(n) for n in fields["chunks"]]
+                fields.update({n: int(fields[n]) for n in ("exact_tokens", "held_sinks")})
             self._held = fields
         except (TypeError, ValueError, KeyError) as error:
             raise ValueError(
@@ -336,14 +339,14 @@ class SpectralKVCache(KVCache):  # type: ignore[misc]  # mlx-lm is untyped
         if "chunks" not in held:
             self._storage = None
             return
-        tokens = [int(n) for n in held["chunks"]]
+        tokens = held["chunks"]
         if len(arrays) != 2 + 2 * len(tokens) or any(a.ndim != 4 for a in arrays[:2]):
             raise ValueError(
                 f"the saved state holds {len(arrays)} arrays; expected {2 + 2 * len(tokens)}; the file is damaged."
             )
         storage = Storage(*self._quantizers(arrays[0], arrays[1]), self._window, self._sinks)
         storage.exact_keys, storage.exact_values = arrays[:2]
-        storage.exact_tokens, storage.held_sinks = int(held["exact_tokens"]), int(held["held_sinks"])
+        storage.exact_tokens, storage.held_sinks = held["exact_tokens"], held["held_sinks"]
         storage.chunks = [Chunk(k, v, n) for k, v, n in zip(arrays[2::2], arrays[3::2], tokens, strict=True)]
         storage.check()
         self._storage = storage

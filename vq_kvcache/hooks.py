@@ -78,7 +78,7 @@ def make_prompt_cache(
     cache: SpectralKVCache, `SpectralKVCache.with_options(...)`, mlx-lm's KVCache, or a list of caches (returned as it
     is). With `max_kv_size` old tokens are dropped by mlx-lm's RotatingKVCache and nothing is packed; a warning says so.
     """
-    if isinstance(cache, Sequence):
+    if isinstance(cache, Sequence) and not isinstance(cache, str):
         return list(cache)
     if max_kv_size is not None:
         warnings.warn(
@@ -182,7 +182,8 @@ def _plan_of(model: Any, rotations: Any, signal_bits: int, noise_bits: int, use_
         warnings.warn(f"no rotation for layers {missing}: their caches stay full precision.", stacklevel=3)
     if unpacked := [i for i, layer in plan.layers.items() if layer.values is None]:
         warnings.warn(f"the rotations of layers {unpacked} are of keys alone: values stay exact.", stacklevel=3)
-    return Plan(plan.name, fingerprint(model), plan.layers)
+    own = fingerprint(model)
+    return Plan(f"{plan.name}-{own}", own, plan.layers)
 
 
 # -- generation

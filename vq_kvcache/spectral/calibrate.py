@@ -343,9 +343,10 @@ def _output_projection(model: Any, layer: int) -> Any | None:
 
 def _rows(projection: Any, dims: int) -> NDArray[np.float64] | None:
     """The projection as a matrix [in, out], whatever its weights' format: it is applied to the unit vectors."""
-    size = projection.weight.shape[-1]
-    if hasattr(projection, "scales"):
-        size = projection.scales.shape[-1] * projection.group_size
+    inner = getattr(projection, "linear", projection)  # what an adapter wraps
+    size = inner.weight.shape[-1]
+    if hasattr(inner, "scales"):
+        size = inner.scales.shape[-1] * inner.group_size
     try:
         unit, zero = mx.eye(size), mx.zeros((1, size))
         return np.array((projection(unit) - projection(zero)).astype(mx.float32), dtype=np.float64)

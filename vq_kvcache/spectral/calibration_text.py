@@ -69,7 +69,7 @@ def cut(ids: list[int], count: int, length: int) -> list[mx.array]:
     """At most `count` sequences [length] evenly spread over `ids`; one shorter sequence when there is no full one."""
     whole = len(ids) // length
     if whole == 0:
-        return [mx.array(ids)] if len(ids) > 1 else []
+        return [mx.array(ids)] if len(ids) > 1 and count > 0 else []
     starts = np.unique(np.linspace(0, len(ids) - length, min(count, whole)).astype(int))
     return [mx.array(ids[s : s + length]) for s in starts]
 
@@ -94,11 +94,9 @@ def calibration_sequences(
 
 def write_sequences(model: Any, tokenizer: Any, count: int, length: int, seed: int) -> list[mx.array]:
     """`count` sequences [length] sampled from the model at temperature 1, in one batch, from its own opening."""
-    from mlx_lm.models.cache import make_prompt_cache
-
     opening = _opening(tokenizer)
     tokens = mx.broadcast_to(mx.array(opening)[None], (count, len(opening)))
-    cache = _plain_cache(model, make_prompt_cache)
+    cache = _plain_cache(model)
     key = mx.random.key(seed)
     written = [tokens]
     for _ in range(length - len(opening)):
@@ -121,7 +119,8 @@ def _opening(tokenizer: Any) -> list[int]:
     return encode(tokenizer, "The")[:1]
 
 
-def _plain_cache(model: Any, make_prompt_cache: Any) -> list[Any]:
-    make_cache = getattr(type(model), "make_cache", None)
-    caches: list[Any] = make_cache(model) if make_cache else make_prompt_cache(model)
-    return caches
+def _plain_cache(model: Any) -> list[Any]:
+    from mlx_lm.models.cache import KVCache
+
+    make_cache = getattr(type(model), "make_cache", None)  # the class's own: an instance may carry a hook
+    return list(make_cache(model)) if make_cache else [KVCache() for _ in model.layers]

@@ -226,7 +226,10 @@ def plan_of_rotations(
             for r in (rotation, rotation.values)
         )
         layers[index] = LayerQuantizers(*(q and SpectralQuantizer.stack([q] * heads[index]) for q in (keys, values)))
-        digest += [np.array(q.analysis).tobytes() for q in (keys, values) if q is not None]
+        for part, q in (("keys", keys), ("values", values)):
+            if q is not None:  # whatever changes the codes, or what they mean, changes the name
+                digest.append(f"{index} {part} {q.widths}".encode())
+                digest += [np.array(a).tobytes() for a in (q.mean, q.analysis)]
     return Plan(f"rotations-{sha256(b''.join(digest))[:16]}", "", layers)
 
 

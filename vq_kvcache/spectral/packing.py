@@ -133,7 +133,7 @@ class Layout:
 
     def split(self, z: mx.array) -> list[tuple[int, mx.array]]:
         """Coordinates [..., H, N, T] -> (width, rows [..., n, T]) in the order `pack` takes them."""
-        rows = mx.take(z.reshape(*z.shape[:-3], -1, z.shape[-1]), self._tables.grouped, axis=-2)
+        rows = mx.take(z.flatten(-3, -2), self._tables.grouped, axis=-2)
         return [(width, rows[..., a:b, :]) for width, a, b in self._tables.groups]
 
     def _fields(self, words: mx.array) -> list[tuple[int, mx.array]]:

@@ -7,6 +7,8 @@ from numpy.typing import ArrayLike, NDArray
 
 def as_spectrum(eigenvalues: ArrayLike | mx.array) -> NDArray[np.float64]:
     """Eigenvalues as a float64 vector [D]; ValueError unless one-dimensional, finite and not negative."""
+    if isinstance(eigenvalues, mx.array):
+        eigenvalues = eigenvalues.astype(mx.float32)  # NumPy cannot read bfloat16
     spectrum = np.array(eigenvalues, dtype=np.float64)
     if spectrum.ndim != 1 or spectrum.size == 0:
         raise ValueError(f"eigenvalues have shape {spectrum.shape}; expected a vector [head_dim]; pass one spectrum.")

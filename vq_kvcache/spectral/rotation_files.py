@@ -46,7 +46,7 @@ def _save_one(folder: pathlib.Path, name: str, rotation: SpectralRotation) -> di
         array = getattr(rotation, part)
         if array is None:
             continue
-        data = np.array(array, dtype=np.float32)
+        data = np.array(array.astype(mx.float32))
         buffer = io.BytesIO()
         np.save(buffer, data, allow_pickle=False)
         content = buffer.getvalue()
@@ -132,7 +132,7 @@ def _read_npy(stream: Any, name: str) -> NDArray[np.float32]:
     try:
         array = np.load(stream, allow_pickle=False)
         return np.asarray(array, dtype=np.float32)
-    except (ValueError, EOFError, OSError, TypeError) as error:
+    except (ValueError, EOFError, OSError, TypeError, zipfile.BadZipFile) as error:
         raise RotationFileError(
             f"{name} is no plain .npy array ({error}); expected float32; calibrate again."
         ) from None
@@ -150,7 +150,7 @@ def _load_archive(path: pathlib.Path) -> list[SpectralRotation]:
         raise RotationFileError(f"{path} holds no layer_<i>_key_U; expected veloxquant_mlx's rotations.npz.")
     try:
         return [_archived(arrays, i, "key", _archived(arrays, i, "val", None)) for i in layers]
-    except (KeyError, ValueError) as error:
+    except (KeyError, IndexError, ValueError) as error:
         raise RotationFileError(f"{path} is incomplete ({error}); expected U and ev of every layer.") from None
 
 

@@ -81,15 +81,15 @@ class SpectralQuantizer:
         self, rotation: SpectralRotation, signal_bits: int = 4, noise_bits: int = 1, use_water_filling: bool = False
     ) -> None:
         for name, bits in (("signal_bits", signal_bits), ("noise_bits", noise_bits)):
-            if not 0 <= bits <= MAX_BITS:
+            if not 0 <= bits <= MAX_BITS or bits != int(bits):
                 raise ValueError(f"{name} is {bits}; expected an integer in 0..{MAX_BITS}.")
-        eigenvalues = np.array(rotation.eigenvalues, dtype=np.float64)
+        eigenvalues = _float64(rotation.eigenvalues)
         signal = compute_spectral_gap(eigenvalues)
         widths = np.where(np.arange(rotation.head_dim) < signal, signal_bits, noise_bits).astype(np.int64)
         if use_water_filling:
             widths = allocate(gaussian_costs(eigenvalues), int(widths.sum()))
-        matrix = np.array(rotation.rotation_matrix, dtype=np.float64)
-        mean = np.zeros(rotation.head_dim) if rotation.mean is None else np.array(rotation.mean, dtype=np.float64)
+        matrix = _float64(rotation.rotation_matrix)
+        mean = np.zeros(rotation.head_dim) if rotation.mean is None else _float64(rotation.mean)
         self._set_up([mean], [matrix], [matrix.T], [eigenvalues], [widths])
         self._one_head = True
 
@@ -215,6 +215,10 @@ class SpectralQuantizer:
     def unfold_outputs(self, outputs: mx.array, weights: mx.array) -> mx.array:
         """sum of p z [B, H, R, N] and sum of p [B, H, R, 1] -> sum of p x^, [B, H, R, D]."""
         return outputs @ self.synthesis + weights * self.mean
+
+
+def _float64(array: mx.array) -> NDArray[np.float64]:
+    return np.array(array.astype(mx.float32), dtype=np.float64)
 
 
 class RawQuantizer:
