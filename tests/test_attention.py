@@ -1,0 +1,258 @@
+"""attend and attend_reference against float64 softmax attention over the very tokens that the snapshot holds."""
+
+import functools
+
+import mlx.core as mx
+import numpy as np
+import oracle
+import pytest
+from conftest import like_calibrated, random_codec
+
+from vq_kvcache import attention
+from vq_kvcache.attention import attend, attend_reference
+from vq_kvcache.spectral.spectral_quant import RawQuantizer
+from vq_kvcache.storage import Snapshot, Storage
+
+DTYPES = {"float16": mx.float16, "bfloat16": mx.bfloat16, "float32": mx.float32}
+TOKENS = 450  # 4 sinks, 256 packed, 190 exact; tiles are of 64 at least
+PACKED = 256
+
+
+@pytest.fixture(autouse=True)
+def _small_tiles(monkeypatch):
+    monkeypatch.setattr(attention, "TILE_BYTES", 1 << 14)
+    monkeypatch.setattr(attention, "BLOCK_OF_SCORES", 1 << 12)
+
+
+codec_of = functools.cache(random_codec)
+
+
+@functools.cache
+def snapshot_of(kind, heads=2, key_dims=64, value_dims=None, dtype="float32", batch=1, bits=2.0):
+    """A snapshot of TOKENS tokens, appended in two prompts; `kind` is raw or spectral."""
+    codec = codec_of(heads=heads, key_dims=key_dims, value_dims=value_dims)
+    keys, values = (like_calibrated(t, batch, TOKENS, i, DTYPES[dtype]) for i, t in enumerate(codec.layers[0]))
+    if kind == "raw":
+        pair = tuple(RawQuantizer(heads, x.shape[-1], x.dtype) for x in (keys, values))
+    else:
+        pair = codec.plan(bits).layers[0].keys, codec.plan(bits).layers[0].values
+    storage = Storage(*pair, 150, 4)
+    for start, end in ((0, 200), (200, TOKENS)):
+        storage.append(keys[:, :, start:end], values[:, :, start:end])
+        storage.seal()
+    assert storage.packed_tokens == PACKED
+    return storage.snapshot()
+
+
+def queries_for(snapshot, length, groups=2, seed=9, dtype="float32"):
+    batch, heads, _, dims = snapshot.exact_keys.shape
+    x = np.random.default_rng(seed).normal(size=(batch, heads * groups, length, dims)).astype(np.float32)
+    return mx.array(x).astype(DTYPES[dtype])
+
+
+def masks(length, heads, tokens=TOKENS, batch=1):
+    """Every kind of mask that mlx-lm's models pass, some of them with whole tiles hidden."""
+    generator = np.random.default_rng(length)
+    some = generator.random((batch, heads, length, tokens)) < 0.3
+    some[..., -1] = True
+    causal = np.arange(length)[:, None] + (tokens - length) >= np.arange(tokens)
+    newest = causal & (np.arange(tokens) > np.arange(length)[:, None] + tokens - length - 10)
+    return {
+        "none": None,
+        "causal": "causal",
+        "bool causal": causal,
+        "bool newest ten": newest,
+        "bool 1-D": some[0, 0, -1],
+        "bool 2-D": some[0, 0],
+        "bool 4-D": some[:, :1],
+        "bool per head": some,
+        "bool per head, one row": some[:, :, -1:],
+        "additive 4-D": generator.normal(size=(1, 1, length, tokens)).astype(np.float32),
+        "additive per head, hiding": np.where(some, generator.normal(size=some.shape), -np.inf).astype(np.float32),
+        "additive, lowest float16": np.where(some[:, :1], 0, -65504.0).astype(np.float32),
+        "additive per row": np.full((1, 1, length, 1), 3.0, np.float32),
+    }
+
+
+MASKS = sorted(masks(1, 1))
+
+
+def numpy(x):
+    return np.array(x.astype(mx.float32), dtype=np.float64)
+
+
+def as_mask(mask, dtype="float32"):
+    if mask is None or isinstance(mask, str):
+        return mask
+    array = mx.array(mask)
+    return array if array.dtype == mx.bool_ else array.astype(DTYPES[dtype])
+
+
+def error_of(result, snapshot, queries, scale, mask=None, sinks=None):
+    """Largest error of a result [B, Hq, L, Dv] against float64 attention over the decoded arrays."""
+    keys, values = (numpy(x) for x in snapshot.decoded())
+    expected = oracle.attention(numpy(queries), keys, values, scale, mask, None if sinks is None else numpy(sinks))
+    assert result.shape == expected.shape
+    return np.abs(numpy(result) - expected).max()
+
+
+def assert_no_worse_than_mlx(snapshot, queries, mask=None, sinks=None, dtype="float32"):
+    """attend errs at most twice as much as MLX's own attention over the decoded arrays does."""
+    scale = queries.shape[-1] ** -0.5
+    options = {"scale": scale, "mask": as_mask(mask, dtype), "sinks": sinks}
+    keys, values = snapshot.decoded()
+    bound = error_of(mx.fast.scaled_dot_product_attention(queries, keys, values, **options), snapshot, queries,
+                     scale, mask, sinks)  # fmt: skip
+    result = attend(snapshot, queries, **options)
+    assert result.dtype == queries.dtype
+    assert error_of(result, snapshot, queries, scale, mask, sinks) <= 2 * bound + 1e-6
+
+
+def test_the_reference_attends_to_the_tokens_that_were_appended():
+    codec = codec_of(heads=2, key_dims=64, value_dims=None)
+    keys, values = (numpy(like_calibrated(t, 1, TOKENS, i)) for i, t in enumerate(codec.layers[0]))
+    snapshot = snapshot_of("raw")
+    for held, appended in zip(snapshot.decoded(), (keys, values), strict=True):
+        np.testing.assert_array_equal(numpy(held), appended)
+    for length, mask in ((1, None), (5, "causal")):
+        queries = queries_for(snapshot, length)
+        expected = oracle.attention(numpy(queries), keys, values, 0.125, mask)
+        np.testing.assert_allclose(numpy(attend_reference(snapshot, queries, 0.125, mask)), expected, atol=5e-6)
+
+
+@pytest.mark.parametrize("name", MASKS)
+@pytest.mark.parametrize("length", [1, 2, 5, 16, 40])
+@pytest.mark.parametrize("kind", ["raw", "spectral"])
+def test_every_mask_at_every_length(kind, length, name):
+    snapshot = snapshot_of(kind)
+    mask = masks(length, 4)[name]
+    queries = queries_for(snapshot, length)
+    assert_no_worse_than_mlx(snapshot, queries, mask)
+    reference = attend_reference(snapshot, queries, 0.125, as_mask(mask))
+    assert error_of(reference, snapshot, queries, 0.125, mask) < 5e-6
+
+
+@pytest.mark.parametrize("dtype", sorted(DTYPES))
+@pytest.mark.parametrize("kind", ["raw", "spectral"])
+@pytest.mark.parametrize(("key_dims", "value_dims"), [(64, 64), (80, 80), (128, 128), (96, 64)])
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_heads_dimensions_and_types(groups, key_dims, value_dims, kind, dtype):
+    snapshot = snapshot_of(kind, 2, key_dims, value_dims, dtype)
+    queries = queries_for(snapshot, 3, groups, dtype=dtype)
+    assert_no_worse_than_mlx(snapshot, queries, "causal", dtype=dtype)
+
+
+@pytest.mark.parametrize("name", ["causal", "bool per head", "bool 4-D"])
+@pytest.mark.parametrize("kind", ["raw", "spectral"])
+def test_batches(kind, name):
+    snapshot = snapshot_of(kind, batch=2)
+    queries = queries_for(snapshot, 5)
+    assert_no_worse_than_mlx(snapshot, queries, masks(5, 4, batch=2)[name])
+
+
+@pytest.mark.parametrize("dtype", sorted(DTYPES))
+@pytest.mark.parametrize(("length", "name"), [(1, "none"), (5, "causal"), (40, "bool newest ten")])
+def test_sink_logits_take_weight_and_give_nothing(length, name, dtype):
+    snapshot = snapshot_of("spectral", dtype=dtype)
+    queries = queries_for(snapshot, length, dtype=dtype)
+    sinks = mx.array([-3.0, 0.0, 4.0, 30.0]).astype(DTYPES[dtype])
+    mask = masks(length, 4)[name]
+    assert_no_worse_than_mlx(snapshot, queries, mask, sinks, dtype)
+    without = attend(snapshot, queries, 0.125, as_mask(mask))
+    assert float(mx.abs(attend(snapshot, queries, 0.125, as_mask(mask), sinks) - without).max()) > 0.1
+
+
+def test_float32_queries_over_a_float16_cache():
+    raw = snapshot_of("raw", dtype="float16")
+    queries = queries_for(raw, 2)
+    assert_no_worse_than_mlx(raw, queries, "causal")
+    snapshot = snapshot_of("spectral", dtype="float16")
+    exact = (snapshot.exact_keys, snapshot.exact_values)
+    # The codes themselves mean more than the float16 numbers that `decoded` rounds them to.
+    middle = [q.decode_words(w) for q, w in zip((snapshot.key_quantizer, snapshot.value_quantizer),
+                                                snapshot.words(0, PACKED), strict=True)]  # fmt: skip
+    keys, values = (mx.concatenate([e[:, :, :4], m, e[:, :, 4:]], 2) for e, m in zip(exact, middle, strict=True))
+    expected = oracle.attention(numpy(queries), numpy(keys), numpy(values), 0.125, "causal")
+    np.testing.assert_allclose(numpy(attend(snapshot, queries, 0.125, "causal")), expected, atol=5e-6)
+
+
+@pytest.mark.parametrize("length", [1, 4, 40])
+def test_rows_that_see_nothing_harm_no_other(length):
+    snapshot = snapshot_of("spectral")
+    mask = masks(length, 4)["bool per head"]
+    mask[0, 0, 0] = False
+    mask[0, 3] = False
+    mask[0, 3, -1, 5] = length > 1  # the newest query of the last head sees one packed token
+    queries = queries_for(snapshot, length)
+    result = numpy(attend(snapshot, queries, 0.125, as_mask(mask)))
+    assert np.isfinite(result).all()
+    seeing = mask[0].any(axis=-1)
+    assert 0 < seeing.sum() < seeing.size
+    with np.errstate(invalid="ignore"):
+        expected = oracle.attention(numpy(queries), *map(numpy, snapshot.decoded()), 0.125, mask)
+    np.testing.assert_allclose(result[0][seeing], expected[0][seeing], atol=5e-6)
+
+
+@pytest.mark.parametrize("visible", [slice(0, 4), slice(3, 5), slice(130, 132), slice(258, 262), slice(449, 450)])
+def test_a_few_visible_tokens_anywhere(visible):
+    snapshot = snapshot_of("spectral")
+    mask = np.zeros((2, TOKENS), bool)
+    mask[:, visible] = True
+    assert_no_worse_than_mlx(snapshot, queries_for(snapshot, 2), mask)
+
+
+@pytest.mark.parametrize("scale", [1.0, 8.0])
+def test_scores_far_apart_do_not_overflow(scale):
+    snapshot = snapshot_of("spectral")
+    queries = queries_for(snapshot, 2) * 10
+    result = attend(snapshot, queries, scale, "causal")
+    assert error_of(result, snapshot, queries, scale, "causal") < 2e-3 * scale
+
+
+def trimmed(window, sinks, trim):
+    """A raw storage of 250 tokens after a trim, which may leave no window or nothing exact at all."""
+    storage = Storage(RawQuantizer(2, 16, mx.float32), RawQuantizer(2, 16, mx.float32), window, sinks)
+    generator = np.random.default_rng(0)
+    storage.append(*(mx.array(generator.normal(size=(1, 2, 250, 16)).astype(np.float32)) for _ in range(2)))
+    storage.seal()
+    storage.trim(trim)
+    return storage.snapshot()
+
+
+@pytest.mark.parametrize(
+    ("window", "sinks", "trim", "exact", "packed"),
+    [(0, 0, 58, 0, 192), (0, 4, 54, 4, 192), (0, 4, 100, 4, 146), (20, 0, 5, 53, 192), (0, 0, 249, 0, 1)],
+)
+def test_whatever_part_is_missing(window, sinks, trim, exact, packed):
+    snapshot = trimmed(window, sinks, trim)
+    assert (snapshot.exact_keys.shape[2], snapshot.packed_tokens) == (exact, packed)
+    for length in (1, 4):
+        assert_no_worse_than_mlx(snapshot, queries_for(snapshot, length), "causal" if length <= packed else None)
+
+
+def test_with_nothing_packed_it_is_the_original_attention():
+    storage = Storage(RawQuantizer(2, 16, mx.float32), RawQuantizer(2, 16, mx.float32), 128, 4)
+    keys, values = (mx.random.normal((1, 2, 50, 16)) for _ in range(2))
+    storage.append(keys, values)
+    snapshot = storage.snapshot()
+    queries = queries_for(snapshot, 3)
+    expected = mx.fast.scaled_dot_product_attention(queries, keys, values, scale=0.25, mask="causal")
+    assert mx.array_equal(attend(snapshot, queries, 0.25, "causal"), expected)
+
+
+@pytest.mark.parametrize("tile_bytes", [1 << 14, 1 << 17, 1 << 20])
+@pytest.mark.parametrize(("length", "groups"), [(1, 1), (1, 4), (16, 2), (40, 4)])
+def test_a_tile_decodes_no_more_than_its_bytes(monkeypatch, tile_bytes, length, groups):
+    monkeypatch.setattr(attention, "TILE_BYTES", tile_bytes)
+    asked = []
+    original = Snapshot.words
+    monkeypatch.setattr(Snapshot, "words", lambda self, a, b: asked.append((a, b)) or original(self, a, b))
+    snapshot = snapshot_of("spectral")
+    result = attend(snapshot, queries_for(snapshot, length, groups), 0.125, "causal")
+    assert [a for a, _ in asked] == [0, *(b for _, b in asked[:-1])]
+    assert asked[-1][1] == PACKED
+    largest = max(b - a for a, b in asked)
+    for row in (2 * 64, 2 * groups * length):  # numbers of a token's levels, and of its scores
+        assert largest == 64 or largest * row * 4 <= tile_bytes
+    assert largest == PACKED or (largest + 64) * max(2 * 64, 2 * groups * length) * 4 > tile_bytes  # nor much less
+    assert error_of(result, snapshot, queries_for(snapshot, length, groups), 0.125, "causal") < 5e-6

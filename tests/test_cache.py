@@ -1,0 +1,640 @@
+"""SpectralKVCache keeps mlx-lm's cache contract: in lossless mode every behaviour is that of mlx-lm's own KVCache."""
+
+import copy
+import gc
+import json
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from conftest import like_calibrated, random_codec
+from mlx_lm.models.cache import KVCache, QuantizedKVCache, load_prompt_cache, save_prompt_cache
+
+import vq_kvcache
+from vq_kvcache import attention
+from vq_kvcache import cache as cache_module
+from vq_kvcache.cache import LOSSLESS, CacheOptions, SpectralKVCache
+from vq_kvcache.spectral import intercept
+from vq_kvcache.spectral.codec import CodecError, Plan, stored_path
+from vq_kvcache.spectral.intercept import Handle
+
+WINDOW = 32  # with 4 sinks, 116 tokens are the first to leave a packed block
+
+
+@pytest.fixture
+def loadable():
+    """mlx-lm looks cache classes up by name in its own module, where the hooks put ours."""
+    with vq_kvcache.install():
+        yield
+
+
+def numpy(x):
+    return np.array(x.astype(mx.float32))
+
+
+def pair(count, batch=1, seed=0, heads=2, dims=(32, 32), dtype=mx.float16):
+    generator = np.random.default_rng(seed)
+    return tuple(
+        mx.array(generator.normal(size=(batch, heads, count, d)).astype(np.float32)).astype(dtype) for d in dims
+    )
+
+
+class Feed:
+    """The same keys and values for every cache that is fed: the n-th token is always the same."""
+
+    def __init__(self, batch, dims=(32, 24)):
+        self.pair = pair(1000, batch, dims=dims)
+
+    def __call__(self, cache, count):
+        start = cache.offset
+        fetched = cache.update_and_fetch(*(x[:, :, start : start + count] for x in self.pair))
+        return tuple(numpy(x) for x in fetched)
+
+
+# The contract. Each row is given a fresh cache and the feed, and tells what it saw.
+
+
+def append_one(cache, feed):
+    return [feed(cache, 1) for _ in range(120)]
+
+
+def append_many(cache, feed):
+    return [feed(cache, n) for n in (300, 70, 1, 17, 16, 5)]
+
+
+def fetch_again(cache, feed):
+    feed(cache, 200)
+    again = tuple(numpy(x) for x in cache.keys_and_values())
+    return [again, feed(cache, 3), tuple(numpy(x) for x in cache.keys_and_values())]
+
+
+def trim_across_the_window(cache, feed):
+    return [feed(cache, 200), cache.trim(20), cache.offset, feed(cache, 7), cache.trim(7), feed(cache, 90)]
+
+
+def trim_into_codes(cache, feed):
+    return [feed(cache, 300), cache.trim(180), cache.offset, feed(cache, 2), cache.trim(1), feed(cache, 130)]
+
+
+def trim_again_and_again(cache, feed):
+    seen = [feed(cache, 250)]
+    for n in (3, 16, 40, 100, 60):
+        seen += [cache.trim(n), cache.size(), feed(cache, 9)]
+    return seen
+
+
+def trim_everything(cache, feed):
+    return [feed(cache, 200), cache.trim(200), cache.offset, cache.empty(), feed(cache, 150), cache.size()]
+
+
+def trim_more_than_everything(cache, feed):
+    return [cache.trim(3), feed(cache, 150), cache.trim(1000), cache.trim(1), cache.offset, feed(cache, 2)]
+
+
+def state_round_trip(cache, feed):
+    feed(cache, 200)
+    mx.eval(cache.state)
+    again = type(cache).from_state(cache.state)
+    return [again.offset, feed(again, 130), again.trim(50), feed(again, 1), feed(cache, 1)]
+
+
+def state_set(cache, feed):
+    feed(cache, 200)
+    state = copy.deepcopy(cache.state)
+    feed(cache, 100)
+    cache.state = state
+    return [cache.offset, feed(cache, 1)]
+
+
+def states_are_evaluated(cache, feed):
+    seen = []
+    for n in (100, 100, 1, 1):
+        fetched = feed(cache, n)
+        mx.eval([cache.state])
+        seen.append(fetched)
+    return seen
+
+
+def emptiness(cache, feed):
+    before = [cache.empty(), cache.size(), cache.offset, cache.nbytes, cache.keys, cache.values]
+    feed(cache, 1)
+    return [*before, cache.empty(), cache.size(), cache.offset]
+
+
+def deep_copies_part(cache, feed):
+    feed(cache, 200)
+    twin = copy.deepcopy(cache)
+    seen = [feed(twin, 90), cache.offset, feed(cache, 1), twin.offset]
+    seen += [cache.trim(150), feed(cache, 100), feed(twin, 1), twin.trim(120), feed(twin, 2), feed(cache, 1)]
+    return seen
+
+
+def an_empty_deep_copy(cache, feed):
+    twin = copy.deepcopy(cache)
+    return [feed(twin, 150), cache.empty(), cache.offset, feed(cache, 2)]
+
+
+def dependencies(cache, feed):
+    feed(cache, 200)
+    cache.keys = mx.depends(cache.keys, mx.ones((3,)) * 2)
+    cache.values = mx.depends(cache.values, mx.ones((3,)) * 2)
+    return [feed(cache, 1), feed(cache, 90)]
+
+
+def sizes(cache, feed):
+    seen = []
+    for n in (1, 60, 200):
+        feed(cache, n)
+        seen += [cache.size(), cache.offset, cache.is_trimmable(), type(cache.offset)]
+    return seen
+
+
+def masks(cache, feed):
+    seen = []
+    for count in (0, 150):
+        if count:
+            feed(cache, count)
+        for n in (1, 5):
+            for options in ({}, {"return_array": True}, {"window_size": 3}, {"window_size": 3, "return_array": True}):
+                mask = cache.make_mask(n, **{"return_array": False, "window_size": None, **options})
+                seen.append(np.array(mask) if isinstance(mask, mx.array) else mask)
+    return seen
+
+
+ROWS = [
+    append_one, append_many, fetch_again, trim_across_the_window, trim_into_codes, trim_again_and_again,
+    trim_everything, trim_more_than_everything, state_round_trip, state_set, states_are_evaluated, emptiness,
+    deep_copies_part, an_empty_deep_copy, dependencies, sizes, masks,
+]  # fmt: skip
+
+
+def flat(seen):
+    return [x for entry in seen for x in (flat(entry) if isinstance(entry, list | tuple) else [entry])]
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("row", ROWS)
+def test_it_does_what_mlx_lm_does(row, batch, lossless, full):
+    feed = Feed(batch)
+    ours, theirs = flat(row(lossless(WINDOW), feed)), flat(row(full(), feed))
+    assert len(ours) == len(theirs) > 0
+    for mine, other in zip(ours, theirs, strict=True):
+        assert type(mine) is type(other)
+        if isinstance(other, np.ndarray):
+            np.testing.assert_array_equal(mine, other)
+        else:
+            assert mine == other
+
+
+@pytest.mark.parametrize("dims", [(32, 32), (24, 16), (5, 0)])
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16, mx.float32, mx.int32])
+def test_any_dimensions_and_types(dims, dtype, lossless, full):
+    ours, theirs = lossless(0, 0), full()
+    for seed in range(3):
+        x = [(a * 1000).astype(dtype) for a in pair(90, seed=seed, dims=dims, dtype=mx.float32)]
+        for mine, other in zip(ours.update_and_fetch(*x), theirs.update_and_fetch(*x), strict=True):
+            assert mine.dtype == other.dtype
+            assert mine.shape == other.shape
+            np.testing.assert_array_equal(np.array(mine.astype(mx.float32)), np.array(other.astype(mx.float32)))
+    assert ours.stats()["packed_tokens"] == 192
+
+
+def test_the_rows_above_really_pack_something(lossless):
+    cache = lossless(WINDOW)
+    Feed(1)(cache, 115)
+    assert cache.stats()["packed_tokens"] == 0
+    Feed(1)(cache, 1)
+    assert cache.stats()["packed_tokens"] == 64
+
+
+@pytest.mark.parametrize("make", ["lossless", "packed"])
+@pytest.mark.parametrize("count", [1, 100, 400])
+def test_prompt_caches_are_saved_and_loaded(tmp_path, request, loadable, make, count):
+    feed = Feed(1, (32, 32))
+    caches = [request.getfixturevalue(make)() for _ in range(2)]
+    for cache in caches:
+        feed(cache, count)
+    save_prompt_cache(str(tmp_path / "saved.safetensors"), caches, {"model": "tiny"})
+    loaded, metadata = load_prompt_cache(str(tmp_path / "saved.safetensors"), return_metadata=True)
+    assert metadata == {"model": "tiny"}
+    for cache, again in zip(caches, loaded, strict=True):
+        assert type(again) is SpectralKVCache
+        assert again.stats() == cache.stats()
+        assert again.nbytes == cache.nbytes
+        for n in (70, 1):
+            for x, y in zip(feed(cache, n), feed(again, n), strict=True):
+                np.testing.assert_array_equal(x, y)
+
+
+def test_an_empty_prompt_cache_is_saved_and_loaded(tmp_path, loadable, packed):
+    save_prompt_cache(str(tmp_path / "saved.safetensors"), [packed()])
+    (again,) = load_prompt_cache(str(tmp_path / "saved.safetensors"))
+    assert again.empty()
+    assert again.offset == 0
+    assert len(Feed(1, (32, 32))(again, 150)[0][0, 0]) == 150
+
+
+def test_a_saved_cache_may_be_changed_without_changing_the_file(tmp_path, loadable, lossless):
+    cache, feed = lossless(), Feed(1)
+    before = feed(cache, 200)
+    state = cache.state
+    feed(cache, 100)
+    cache.trim(250)
+    feed(cache, 10)
+    again = SpectralKVCache.from_state(state)
+    for x, y in zip(again.keys_and_values(), before, strict=True):
+        np.testing.assert_array_equal(numpy(x), y)
+
+
+# The members.
+
+
+def unseen_members():
+    """Public names that KVCache, or an instance of it, has and SpectralKVCache does not define itself."""
+    names = {n for n in dir(KVCache) if not n.startswith("_")} | set(vars(KVCache()))
+    return names - set(vars(SpectralKVCache))
+
+
+def test_nothing_of_mlx_lms_cache_is_inherited_unseen(monkeypatch):
+    assert {"update_and_fetch", "keys", "values", "offset", "to_quantized"} <= set(dir(KVCache)) | set(vars(KVCache()))
+    assert unseen_members() == set()
+    monkeypatch.setattr(KVCache, "brand_new", lambda self: None, raising=False)
+    assert unseen_members() == {"brand_new"}
+
+
+@pytest.mark.parametrize("count", [0, 200])
+def test_what_mlx_lm_dispatches_on_is_hidden(lossless, count):
+    cache = lossless()
+    if count:
+        Feed(1)(cache, count)
+    for name in ("to_quantized", "merge", "bits", "group_size", "__len__", "__bool__"):
+        assert not hasattr(cache, name)
+    assert isinstance(cache, KVCache)
+    with pytest.raises(AttributeError, match="a SpectralKVCache is quantized already; expected no --kv-bits"):
+        cache.to_quantized(group_size=64, bits=4)
+    with pytest.raises(AttributeError, match="a SpectralKVCache cannot be merged into a batch yet"):
+        cache.merge([cache])
+
+
+def test_keys_are_set_only_where_there_are_some(lossless):
+    cache = lossless()
+    assert cache.keys is cache.values is None
+    for name in ("keys", "values"):
+        with pytest.raises(ValueError, match="the cache is empty; expected keys and values; append some first"):
+            setattr(cache, name, mx.zeros((1, 2, 3, 4)))
+    with pytest.raises(ValueError, match="the cache is empty; expected keys and values; append some first"):
+        cache.keys_and_values()
+
+
+# To and from mlx-lm's own cache.
+
+
+@pytest.mark.parametrize("count", [0, 1, 100, 300])
+def test_from_and_to_mlx_lms_cache(lossless, full, count):
+    theirs, feed = full(), Feed(1)
+    if count:
+        feed(theirs, count)
+    ours = SpectralKVCache.from_cache(theirs, lossless(WINDOW))
+    assert ours.offset == count
+    assert ours.stats()["packed_tokens"] == max(0, count - 4 - WINDOW - 16) // 64 * 64
+    back = ours.to_kvcache()
+    assert type(back) is KVCache
+    assert back.offset == count
+    for x, y in zip(feed(back, 3), feed(theirs, 3), strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+def test_from_cache_takes_the_settings_of_another(packed, full):
+    theirs = full()
+    Feed(1, (32, 32))(theirs, 300)
+    like = packed(window=64, sinks=2)
+    ours = SpectralKVCache.from_cache(theirs, like)
+    assert ours.stats()["packed_tokens"] == (300 - 2 - 64 - 16) // 64 * 64
+    assert ours.stats()["codec_bytes"] == like.stats()["codec_bytes"] > 0
+
+
+@pytest.mark.parametrize("make", [QuantizedKVCache, lambda: SpectralKVCache(LOSSLESS), dict])
+def test_from_cache_takes_nothing_else(make, lossless):
+    with pytest.raises(ValueError, match=r"a (QuantizedKVCache|SpectralKVCache|dict) was given; expected mlx-lm's KV"):
+        SpectralKVCache.from_cache(make(), lossless())
+
+
+# Handles.
+
+
+def test_handles_are_the_decoded_arrays_and_attend_from_the_codes(packed, monkeypatch):
+    cache = packed()
+    fetched = [cache.update_and_fetch(*pair(n, seed=n)) for n in (250, 5)][-1]
+    assert all(isinstance(x, Handle) for x in fetched)
+    snapshot = cache._storage.snapshot()
+    for handle, decoded in zip(fetched, snapshot.decoded(), strict=True):
+        assert handle.shape == (1, 2, 255, 32)
+        assert handle.dtype == mx.float16
+        assert mx.array_equal(handle, decoded)
+    queries = mx.random.normal((1, 4, 5, 32)).astype(mx.float16)
+    expected = attention.attend(snapshot, queries, 0.2, "causal")
+    monkeypatch.setattr(type(snapshot), "decoded", None)  # attending decodes no more than a tile
+    with intercept.dispatching():
+        result = mx.fast.scaled_dot_product_attention(queries, *fetched, scale=0.2, mask="causal")
+    assert mx.array_equal(result, expected)
+
+
+@pytest.mark.parametrize("swap", ["keys twice", "the other way round", "values of another append"])
+def test_unusual_pairs_of_handles_are_taken_for_arrays(packed, swap):
+    cache = packed()
+    keys, values = cache.update_and_fetch(*pair(250))
+    again = cache.keys_and_values()
+    keys, values = {
+        "keys twice": (keys, keys), "the other way round": (values, keys), "values of another append": (keys, again[1]),
+    }[swap]  # fmt: skip
+    queries = mx.random.normal((1, 4, 5, 32)).astype(mx.float16)
+    expected = intercept.original_attention()(queries, mx.array(keys), mx.array(values), scale=0.2, mask="causal")
+    with intercept.dispatching():
+        result = mx.fast.scaled_dot_product_attention(queries, keys, values, scale=0.2, mask="causal")
+    assert mx.array_equal(result, expected)
+
+
+def test_a_long_prompt_chunk_sees_itself_exact(packed):
+    keys, values = pair(300)
+    cache = packed()
+    first = cache.update_and_fetch(keys[:, :, :200], values[:, :, :200])
+    np.testing.assert_array_equal(numpy(first[0]), numpy(keys[:, :, :200]))
+    second = cache.update_and_fetch(keys[:, :, 200:], values[:, :, 200:])
+    wrong = (numpy(second[0]) != numpy(keys)).any(axis=(0, 1, 3))
+    assert wrong.tolist() == [False] * 4 + [True] * 128 + [False] * 168
+    third = cache.update_and_fetch(*pair(16, seed=1))  # as many as a seal lags: packed first
+    assert (numpy(third[0])[:, :, :300] != numpy(keys)).any(axis=(0, 1, 3)).sum() == 256 - 64 + 64
+
+
+# Options.
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"bits_per_value": 0.2}, r"bits_per_value is 0\.2; expected a number from 0\.25 to 8\."),
+        ({"bits_per_value": 9}, r"bits_per_value is 9; expected a number from 0\.25 to 8\."),
+        ({"bits_per_value": "2"}, r"bits_per_value is '2'; expected a number from 0\.25 to 8\."),
+        ({"bits_per_value": float("nan")}, r"bits_per_value is nan; expected a number from 0\.25 to 8\."),
+        ({"window": -1}, r"window is -1; expected a whole number of tokens, 0 or more\."),
+        ({"window": 1.5}, r"window is 1\.5; expected a whole number of tokens, 0 or more\."),
+        ({"window": True}, r"window is True; expected a whole number of tokens, 0 or more\."),
+        ({"sinks": -4}, r"sinks is -4; expected a whole number of tokens, 0 or more\."),
+        ({"sinks": "4"}, r"sinks is '4'; expected a whole number of tokens, 0 or more\."),
+        ({"codec": 3}, r"codec is a int; expected a Codec, a file name or None\."),
+    ],
+)
+def test_options_out_of_range(options, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        SpectralKVCache.with_options(**options)
+
+
+def test_options(codec, tmp_path):
+    assert SpectralKVCache.with_options() == CacheOptions(2.0, 128, 4, None, False)
+    options = SpectralKVCache.with_options(8, 0, 0, codec, True)
+    assert options == CacheOptions(bits_per_value=8, window=0, sinks=0, codec=codec, lossless=True)
+    assert SpectralKVCache.with_options(0.25, codec=tmp_path / "some.safetensors").window == 128
+
+
+def test_a_cache_needs_a_plan_that_has_its_layer(codec):
+    with pytest.raises(ValueError, match="SpectralKVCache was made without a plan; expected a codec's; use vq_kvcache"):
+        SpectralKVCache()
+    with pytest.raises(CodecError, match=r"the codec has no layer 7; it has \[0, 1\]; use this model's codec\."):
+        SpectralKVCache(codec.plan(2.0), layer=7)
+
+
+@pytest.mark.parametrize(
+    ("heads", "dims", "sentence"),
+    [
+        (3, (32, 32), r"keys have 3 heads of 32; the codec is for 2 of 32; use this model's codec\."),
+        (2, (16, 32), r"keys have 2 heads of 16; the codec is for 2 of 32; use this model's codec\."),
+        (2, (32, 64), r"values have 2 heads of 64; the codec is for 2 of 32; use this model's codec\."),
+    ],
+)
+def test_keys_and_values_of_another_shape_are_refused(packed, heads, dims, sentence):
+    cache = packed()
+    with pytest.raises(CodecError, match=sentence):
+        cache.update_and_fetch(*pair(3, heads=heads, dims=dims))
+    assert cache.empty()
+
+
+# Saved caches that cannot be used.
+
+
+def test_a_saved_cache_finds_its_codec_in_the_cache_folder(codec, packed, monkeypatch):
+    cache = packed(bits=3.0)
+    before = Feed(1, (32, 32))(cache, 300)
+    monkeypatch.setattr(cache_module, "_plans", {})
+    with pytest.raises(CodecError, match=rf"packed by codec {codec.identity} of model llama-\w+, which is not here"):
+        SpectralKVCache.from_state(cache.state)
+    codec.save(stored_path(codec.fingerprint))
+    again = SpectralKVCache.from_state(cache.state)
+    assert again.stats() == cache.stats()
+    for x, y in zip(again.keys_and_values(), cache.keys_and_values(), strict=True):
+        np.testing.assert_array_equal(numpy(x), numpy(y))
+    assert (numpy(again.keys_and_values()[0]) != before[0]).any()
+
+
+def test_a_saved_cache_of_another_codec_of_the_model_is_refused(codec, packed, monkeypatch):
+    cache = packed()
+    Feed(1, (32, 32))(cache, 300)
+    random_codec(layers=2, name=codec.fingerprint, seed=5).save(stored_path(codec.fingerprint))
+    monkeypatch.setattr(cache_module, "_plans", {})
+    with pytest.raises(CodecError, match=rf"packed by codec {codec.identity} of model llama-\w+, which is not here"):
+        SpectralKVCache.from_state(cache.state)
+
+
+def test_a_saved_cache_without_a_model_is_refused(monkeypatch):
+    plan = Plan("rotations-0", "", random_codec().plan(2.0).layers)
+    cache = SpectralKVCache(cache_module.register_plan(plan))
+    Feed(1, (32, 32))(cache, 3)
+    assert SpectralKVCache.from_state(cache.state).offset == 3
+    monkeypatch.setattr(cache_module, "_plans", {})
+    with pytest.raises(CodecError, match="packed by codec rotations-0 of model unknown, which is not here; expected"):
+        SpectralKVCache.from_state(cache.state)
+
+
+def changed(**fields):
+    return lambda text: json.dumps({k: v for k, v in {**json.loads(text), **fields}.items() if v is not ...})
+
+
+@pytest.mark.parametrize(
+    "describe",
+    [
+        lambda text: "no JSON", lambda text: "7", lambda text: "{}", lambda text: None, lambda text: mx.zeros((2,)),
+        lambda text: text[:-2], changed(format=2), changed(layer=...), changed(window="many"), changed(plan=...),
+        changed(exact_tokens=...), changed(held_sinks=None), changed(chunks=3), changed(chunks=["a"]),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("split", [False, True])
+def test_a_damaged_description_is_refused(lossless, describe, split, monkeypatch):
+    monkeypatch.setattr(cache_module, "SPLIT_STATE", split)
+    cache = lossless()
+    Feed(1)(cache, 300)
+    text, arrays = describe(cache._describe()), cache._storage.arrays
+    with pytest.raises(ValueError, match=r"the saved state is not a SpectralKVCache's \(.*\); expected one of this ve"):
+        SpectralKVCache.from_state(*((arrays, text) if split else ([text, *arrays],)))
+
+
+@pytest.mark.parametrize(
+    ("damage", "sentence"),
+    [
+        (lambda a: a[:-1], r"the saved state holds 3 arrays; expected 4; the file is damaged\."),
+        (lambda a: [*a, a[0]], r"the saved state holds 5 arrays; expected 4; the file is damaged\."),
+        (lambda a: a[:1], r"the saved state holds 1 arrays; expected 4; the file is damaged\."),
+        (lambda a: [a[0][0], *a[1:]], r"the saved state holds .* arrays; .*; the file is damaged\."),
+        (lambda a: [a[0][:, :, :9], *a[1:]], r"a stored cache's shapes do not fit its codec; the file is damaged"),
+        (lambda a: [*a[:2], a[3][:, 1:], a[3]], r"a stored cache's shapes do not fit its codec; the file is damaged"),
+    ],
+)
+def test_damaged_arrays_are_refused(lossless, damage, sentence):
+    cache = lossless()
+    Feed(1)(cache, 300)
+    description, *arrays = cache.state
+    assert SpectralKVCache.from_state([description, *arrays]).offset == 300
+    with pytest.raises(ValueError, match=sentence):
+        SpectralKVCache.from_state([description, *damage(arrays)])
+
+
+def test_a_state_of_nothing_is_refused():
+    with pytest.raises(ValueError, match="the saved state is not a SpectralKVCache's"):
+        SpectralKVCache.from_state([])
+
+
+def test_the_state_of_mlx_lms_cache_is_refused(full):
+    theirs = full()
+    Feed(1)(theirs, 3)
+    with pytest.raises(ValueError, match="the saved state is not a SpectralKVCache's"):
+        SpectralKVCache.from_state(theirs.state)
+
+
+@pytest.mark.parametrize("make", ["lossless", "packed"])
+@pytest.mark.parametrize("count", [0, 5, 300])
+def test_the_older_contract_keeps_scalars_apart(make, count, request, monkeypatch):
+    monkeypatch.setattr(cache_module, "SPLIT_STATE", True)
+    cache, feed = request.getfixturevalue(make)(), Feed(1, (32, 32))
+    if count:
+        feed(cache, count)
+    assert all(isinstance(a, mx.array) for a in cache.state)
+    assert isinstance(cache.meta_state, str)
+    again = SpectralKVCache.from_state(cache.state, cache.meta_state)
+    assert again.empty() == cache.empty() == (count == 0)
+    for x, y in zip(feed(cache, 90), feed(again, 90), strict=True):
+        np.testing.assert_array_equal(x, y)
+    assert again.stats() == cache.stats()
+
+
+# Bytes.
+
+
+def layers_of(make, tokens, step, layers=6):
+    """Caches of one small model, 2 KV heads of 64 in float16, filled `step` tokens at a time and evaluated."""
+    caches = [make(i) for i in range(layers)]
+    for start in range(0, tokens, step):
+        for cache in caches:
+            cache.update_and_fetch(*(mx.random.normal((1, 2, min(step, tokens - start), 64)).astype(mx.float16),) * 2)
+        mx.eval([c.state for c in caches])
+    return caches
+
+
+def active_bytes():
+    gc.collect()
+    mx.synchronize()
+    mx.clear_cache()
+    return mx.get_active_memory()
+
+
+@pytest.fixture
+def exact_allocations():
+    """MLX's allocator may answer a request with a freed buffer that is up to two pages larger; not with this."""
+    before = mx.set_cache_limit(0)
+    yield
+    mx.set_cache_limit(before)
+
+
+@pytest.fixture(scope="module")
+def plan_of_six_layers():
+    return random_codec(layers=6, heads=2, key_dims=64).plan(2.0)
+
+
+@pytest.mark.parametrize(("tokens", "step"), [(512, 1), (512, 512), (1024, 64), (2048, 2048), (3000, 512), (4096, 512)])
+def test_nbytes_is_what_memory_grows_by(exact_allocations, plan_of_six_layers, tokens, step):
+    before = active_bytes()
+    caches = layers_of(lambda i: SpectralKVCache(plan_of_six_layers, i), tokens, step)
+    grown = active_bytes() - before
+    assert grown == pytest.approx(sum(c.nbytes for c in caches), rel=0.03)
+
+
+def test_codec_bytes_are_what_a_plan_takes(exact_allocations):
+    codec = random_codec(layers=6, heads=2, key_dims=64)
+    before = active_bytes()
+    plan = codec.plan(2.0)
+    transforms = sum(SpectralKVCache(plan, i).stats()["codec_bytes"] for i in range(6))
+    # Transforms are float32: per layer, K or V, and head a mean of 64, and two matrices of 64 by the stored dimensions.
+    stored = sum(q.layout.stored for layer in plan.layers.values() for q in (layer.keys, layer.values))
+    assert transforms == 4 * 2 * (6 * 2 * 64 + 2 * 64 * stored)
+    assert active_bytes() - before == pytest.approx(transforms, rel=0.05)  # and the layout's index tables
+
+
+@pytest.mark.parametrize("step", [512, 2048, 64])
+def test_two_bits_take_a_fifth_of_full_precision(plan_of_six_layers, step):
+    ours = layers_of(lambda i: SpectralKVCache(plan_of_six_layers, i), 4096, step, layers=1)
+    theirs = layers_of(lambda i: KVCache(), 4096, 2048, layers=1)
+    assert theirs[0].nbytes == 4096 * 2 * 2 * 64 * 2
+    assert ours[0].nbytes <= 0.20 * theirs[0].nbytes
+
+
+# MLX keeps up to ten operations in flight, and one tile is unpacked by operations that give a tile's bytes each.
+TILES_IN_FLIGHT = 12
+
+
+def test_decoding_never_holds_more_than_one_tile(plan_of_six_layers, monkeypatch):
+    """4,096 tokens are eight tiles for keys and eight for values, in each of six layers: one at a time is decoded."""
+    tile_bytes = 1 << 18
+    monkeypatch.setattr(attention, "TILE_BYTES", tile_bytes)
+    monkeypatch.setattr(attention, "BLOCK_OF_SCORES", tile_bytes // 4)
+    caches = layers_of(lambda i: SpectralKVCache(plan_of_six_layers, i), 4096, 2048)
+    windows = sum(c.keys.nbytes + c.values.nbytes for c in caches)
+    highest = 0
+    with intercept.dispatching():
+        for _ in range(50):
+            x = mx.random.normal((1, 4, 1, 64)).astype(mx.float16)
+            mx.eval(x)
+            before = active_bytes()
+            mx.reset_peak_memory()
+            for cache in caches:
+                handles = cache.update_and_fetch(x[:, :2], x[:, 2:])
+                x = mx.fast.scaled_dot_product_attention(x, *handles, scale=0.125)
+            del handles
+            mx.eval(x, [c.state for c in caches])
+            highest = max(highest, mx.get_peak_memory() - before)
+    assert highest <= TILES_IN_FLIGHT * tile_bytes + windows
+
+
+@pytest.mark.parametrize("count", [0, 3, 100, 500])
+def test_stats_add_up(packed, count):
+    cache = packed()
+    for start in range(0, count, 50):
+        cache.update_and_fetch(*pair(min(50, count - start), seed=start))
+    stats = cache.stats()
+    assert stats["packed_tokens"] + stats["exact_tokens"] == cache.offset == count
+    assert stats["packed_tokens"] == max(0, count - 52) // 64 * 64
+    assert stats["code_bytes"] + stats["sink_bytes"] + stats["window_bytes"] == cache.nbytes
+    assert stats["sink_bytes"] == min(4, count) * 2 * 2 * 32 * 2
+    layer = cache._plan.layers[0]
+    assert stats["codec_bytes"] == layer.keys.nbytes + layer.values.nbytes > 0
+    assert (stats["code_bytes"] > 0) == (count > 116)
+
+
+def test_the_lossless_codec_takes_no_bytes(lossless):
+    assert lossless().stats()["codec_bytes"] == 0
+
+
+def test_bits_are_kept_within_the_budget(codec):
+    """Stored words of 1,024 packed tokens, padding included, against numbers x bits."""
+    for bits in (1.0, 2.0, 3.5, 8.0):
+        cache = SpectralKVCache(codec.plan(bits), 0, 0, 0)
+        keys, values = (like_calibrated(t, 1, 1024 + 16, i) for i, t in enumerate(codec.layers[0]))
+        cache.update_and_fetch(keys, values)
+        assert cache.stats()["packed_tokens"] == 1024
+        assert 0.95 * bits <= cache.stats()["code_bytes"] * 8 / (1024 * 2 * 2 * 32) <= bits

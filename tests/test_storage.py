@@ -1,0 +1,288 @@
+"""Storage against a plain list of tokens: whatever is appended, packed, trimmed and copied, it holds those numbers."""
+
+import itertools
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from conftest import like_calibrated, random_codec
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vq_kvcache.spectral.spectral_quant import RawQuantizer
+from vq_kvcache.storage import BLOCK, LAG, SMALLEST_CHUNK, Storage, tokens_to_seal
+
+DTYPES = {"float16": mx.float16, "bfloat16": mx.bfloat16, "float32": mx.float32}
+
+
+def tokens(count, batch=1, heads=2, dims=8, seed=0, dtype=mx.float32):
+    x = np.random.default_rng(seed).normal(size=(batch, heads, count, dims)).astype(np.float32)
+    return mx.array(x).astype(dtype)
+
+
+def raw_storage(window=32, sinks=4, heads=2, key_dims=8, value_dims=8, dtype=mx.float32):
+    quantizers = (RawQuantizer(heads, d, dtype) for d in (key_dims, value_dims))
+    return Storage(*quantizers, window, sinks)
+
+
+def filled(count, window=32, sinks=4, step=None):
+    """A raw storage that `count` tokens were appended to, `step` at a time, packed after each; and those tokens."""
+    storage, keys, values = raw_storage(window, sinks), tokens(count, seed=1), tokens(count, seed=2)
+    for start in range(0, count, step or count):
+        end = start + (step or count)
+        storage.append(keys[:, :, start:end], values[:, :, start:end])
+        storage.seal()
+    return storage, np.array(keys), np.array(values)
+
+
+def numpy(x):
+    return np.array(x.astype(mx.float32))
+
+
+def assert_holds(snapshot, keys, values):
+    for held, expected in zip(snapshot.decoded(), (keys, values), strict=True):
+        np.testing.assert_array_equal(numpy(held), expected)
+
+
+class Twin:
+    """A storage and, as two NumPy arrays, what it ought to hold."""
+
+    def __init__(self, storage, keys, values):
+        self.storage, self.keys, self.values = storage, keys, values
+
+    def append(self, keys, values):
+        self.storage.append(keys, values)
+        self.keys = np.concatenate([self.keys, numpy(keys)], axis=2)
+        self.values = np.concatenate([self.values, numpy(values)], axis=2)
+
+    def trim(self, count):
+        left = max(self.keys.shape[2] - count, 0)
+        assert self.storage.trim(count) == self.keys.shape[2] - left
+        self.keys, self.values = self.keys[:, :, :left], self.values[:, :, :left]
+
+    def copy(self):
+        return Twin(self.storage.copy(), self.keys, self.values)
+
+    def check(self):
+        assert self.storage.length == self.keys.shape[2]
+        if self.storage.exact_keys is not None:
+            assert_holds(self.storage.snapshot(), self.keys, self.values)
+
+
+STEPS = st.one_of(
+    st.tuples(st.just("append"), st.integers(1, 150)),
+    st.tuples(st.just("append"), st.integers(1, 3)),
+    st.tuples(st.just("seal"), st.just(0)),
+    st.tuples(st.just("trim"), st.integers(0, 20)),
+    st.tuples(st.just("trim"), st.integers(0, 400)),
+    st.tuples(st.just("copy"), st.just(0)),
+    st.tuples(st.just("snapshot"), st.just(0)),
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    steps=st.lists(st.tuples(st.integers(0, 2), STEPS), min_size=1, max_size=14),
+    dtype=st.sampled_from(sorted(DTYPES)),
+    batch=st.integers(1, 2),
+    dims=st.tuples(st.integers(1, 9), st.integers(1, 9)),
+    window=st.integers(0, 40),
+    sinks=st.integers(0, 5),
+)
+def test_it_holds_what_a_list_of_tokens_would(steps, dtype, batch, dims, window, sinks):
+    empty = [np.zeros((batch, 2, 0, d), np.float32) for d in dims]
+    twins = [Twin(raw_storage(window, sinks, 2, *dims, DTYPES[dtype]), *empty)]
+    snapshots = []
+    for seed, (which, (action, count)) in enumerate(steps):
+        twin = twins[which % len(twins)]
+        if action == "append":
+            keys, values = (tokens(count, batch, 2, d, seed + 100 * i, DTYPES[dtype]) for i, d in enumerate(dims))
+            twin.append(keys, values)
+        elif action == "seal":
+            twin.storage.seal()
+        elif action == "trim":
+            twin.trim(count)
+        elif action == "copy":
+            twins.append(twin.copy())
+        elif twin.storage.exact_keys is not None:
+            snapshots.append((twin.storage.snapshot(), twin.keys, twin.values))
+        twin.check()
+    for twin in twins:  # what was done to one did not reach another
+        twin.check()
+    for snapshot, keys, values in snapshots:
+        assert snapshot.length == keys.shape[2]
+        assert_holds(snapshot, keys, values)
+
+
+@pytest.mark.parametrize(
+    ("newest", "window", "expected"),
+    [(0, 128, 0), (207, 128, 0), (208, 128, 64), (271, 128, 64), (272, 128, 128), (80, 0, 64), (79, 0, 0)],
+)
+def test_tokens_to_seal(newest, window, expected):
+    assert (BLOCK, LAG) == (64, 16)
+    assert tokens_to_seal(newest, window) == expected
+
+
+@pytest.mark.parametrize("step", [1, 3, 16, 17, 64, 100, 331])
+@pytest.mark.parametrize(("window", "sinks"), [(32, 4), (0, 0), (5, 40)])
+def test_packed_tokens_are_the_documented_number_at_every_length(step, window, sinks):
+    storage = raw_storage(window, sinks)
+    for n in range(step, 332, step):
+        storage.append(tokens(step), tokens(step))
+        storage.seal()
+        assert storage.packed_tokens == max(0, n - sinks - window - 16) // 64 * 64
+        assert storage.exact_tokens == n - storage.packed_tokens
+        assert storage.held_sinks == min(sinks, n)
+
+
+def test_a_rollback_of_the_lag_never_lands_in_codes():
+    storage, keys, values = filled(400, step=1)
+    packed = storage.packed_tokens
+    assert packed == 320
+    storage.trim(LAG)
+    assert storage.packed_tokens == packed
+    assert_holds(storage.snapshot(), keys[:, :, :-LAG], values[:, :, :-LAG])
+
+
+def test_first_and_newest_tokens_are_exact_and_only_the_rest_passes_the_quantizer():
+    codec = random_codec(heads=2, key_dims=16)
+    layer = codec.plan(1.0).layers[0]
+    keys, values = (like_calibrated(t, 1, 300, seed=i) for i, t in enumerate(codec.layers[0]))
+    storage = Storage(layer.keys, layer.values, 32, 4)
+    storage.append(keys, values)
+    storage.seal()
+    assert storage.packed_tokens == 192
+    for held, given_, quantizer in zip(
+        storage.snapshot().decoded(), (keys, values), (layer.keys, layer.values), strict=True
+    ):
+        different = (numpy(held) != numpy(given_)).any(axis=(0, 1, 3))
+        assert different.tolist() == [False] * 4 + [True] * 192 + [False] * 104
+        alone = quantizer.decode(quantizer.encode(given_[:, :, 4:196]))
+        np.testing.assert_allclose(numpy(held[:, :, 4:196]), numpy(alone), rtol=1e-5, atol=1e-5)
+
+
+def test_growth_leaves_full_chunks_alone_and_reserves_a_quarter():
+    storage = filled(1000)[0]
+    first = storage.chunks[0]
+    assert [(c.tokens, c.capacity) for c in storage.chunks] == [(896, 896)]
+    buffers = first.keys, first.values
+    for seed in range(50):
+        storage.append(tokens(64, seed=seed), tokens(64, seed=seed))
+        storage.seal()
+    assert (storage.chunks[0].keys, storage.chunks[0].values) == buffers
+    assert storage.chunks[0].keys is buffers[0]
+    assert storage.chunks[0].values is buffers[1]
+    packed = 0
+    for before, chunk in itertools.pairwise(storage.chunks):
+        assert before.tokens == before.capacity
+        packed += before.tokens
+        assert chunk.capacity == max(SMALLEST_CHUNK, packed // 4 // 64 * 64)
+    assert [c.capacity for c in storage.chunks] == [896, 512, 512, 512, 576, 704, 896]
+
+
+def test_the_exact_buffers_never_grow_with_the_context():
+    storage = filled(2000, window=32, sinks=4, step=100)[0]
+    assert storage.exact_keys.shape == storage.exact_values.shape == (1, 2, 4 + 32 + LAG + BLOCK, 8)
+
+
+def test_a_snapshot_reads_words_across_chunks():
+    storage, keys, _ = filled(1500, step=100)
+    snapshot = storage.snapshot()
+    assert len(snapshot.packed) == 3
+    edges = [0, 10, 512, 1024, snapshot.packed_tokens]
+    for start in edges:
+        for end in (e for e in edges if e > start):
+            key_words, value_words = snapshot.words(start, end)
+            assert key_words.shape == value_words.shape == (1, 16, end - start)
+            decoded = numpy(storage.key_quantizer.decode_words(key_words))
+            np.testing.assert_array_equal(decoded, keys[:, :, 4 + start : 4 + end])
+
+
+def every_array(storage):
+    held = [vars(storage), *(vars(chunk) for chunk in storage.chunks)]
+    return [a for fields in held for a in fields.values() if isinstance(a, mx.array)]
+
+
+@pytest.mark.parametrize("count", [1, 100, 700, 2000])
+def test_nbytes_is_the_sum_of_every_array_it_holds(count):
+    storage = filled(count)[0]
+    arrays = every_array(storage)
+    assert len(arrays) == 2 + 2 * len(storage.chunks)
+    assert storage.nbytes == sum(a.nbytes for a in arrays) > 0
+    assert {id(a) for a in storage.arrays} == {id(a) for a in arrays}
+
+
+def test_nbytes_by_hand():
+    storage = filled(700)[0]
+    # Float32, 2 heads of 8 numbers: 4 + 32 + 16 + 64 exact places, and 640 tokens in one chunk of as many.
+    assert storage.nbytes == 2 * (2 * 116 * 8 * 4) + 2 * (2 * 8 * 4 * 640)
+    assert Storage(None, None, 1, 1).nbytes == 0
+
+
+def test_a_snapshot_before_the_first_append_is_refused():
+    with pytest.raises(ValueError, match="the cache is empty; expected keys and values; append some first"):
+        raw_storage().snapshot()
+
+
+def _without_exact(storage):
+    storage.exact_values = None
+
+
+def _more_tokens_than_places(storage):
+    storage.exact_tokens = storage.exact_keys.shape[2] + 1
+
+
+def _more_sinks_than_tokens(storage):
+    storage.held_sinks = storage.exact_tokens + 1
+
+
+def _negative_sinks(storage):
+    storage.held_sinks = -1
+
+
+def _fewer_values_than_keys(storage):
+    storage.exact_values = storage.exact_values[:, :, : storage.exact_tokens - 1]
+
+
+def _another_batch_of_values(storage):
+    storage.exact_values = mx.concatenate([storage.exact_values] * 2)
+
+
+def _fewer_words(storage):
+    storage.chunks[0].values = storage.chunks[0].values[:, 1:]
+
+
+def _fewer_packed_values(storage):
+    storage.chunks[0].values = storage.chunks[0].values[..., 1:]
+
+
+def _another_batch_of_words(storage):
+    storage.chunks[0].keys = mx.concatenate([storage.chunks[0].keys] * 2)
+
+
+def _words_of_another_type(storage):
+    storage.chunks[0].keys = storage.chunks[0].keys.astype(mx.int32)
+
+
+def _more_packed_than_places(storage):
+    storage.chunks[0].tokens = storage.chunks[0].capacity + 1
+
+
+def _empty_chunk(storage):
+    storage.chunks[0].tokens = 0
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        _without_exact, _more_tokens_than_places, _more_sinks_than_tokens, _negative_sinks, _fewer_values_than_keys,
+        _another_batch_of_values, _fewer_words, _fewer_packed_values, _another_batch_of_words, _words_of_another_type,
+        _more_packed_than_places, _empty_chunk,
+    ],
+)  # fmt: skip
+def test_check_refuses_what_does_not_fit(damage):
+    storage = filled(300)[0]
+    storage.check()
+    damage(storage)
+    with pytest.raises(ValueError, match=r"a stored cache.*; the file is damaged; make it again\."):
+        storage.check()
