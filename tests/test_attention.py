@@ -16,6 +16,7 @@ from vq_kvcache.storage import Snapshot, Storage
 DTYPES = {"float16": mx.float16, "bfloat16": mx.bfloat16, "float32": mx.float32}
 TOKENS = 450  # 4 sinks, 256 packed, 190 exact; tiles are of 64 at least
 PACKED = 256
+FLOAT32_ERROR = 1e-5  # of results in float32 whose values are of size 10: some units in the last place
 
 
 @pytest.fixture(autouse=True)
@@ -44,7 +45,7 @@ def snapshot_of(kind, heads=2, key_dims=64, value_dims=None, dtype="float32", ba
     return storage.snapshot()
 
 
-def queries_for(snapshot, length, groups=2, seed=9, dtype="float32"):
+def queries_for(snapshot, length, groups=3, seed=9, dtype="float32"):
     batch, heads, _, dims = snapshot.exact_keys.shape
     x = np.random.default_rng(seed).normal(size=(batch, heads * groups, length, dims)).astype(np.float32)
     return mx.array(x).astype(DTYPES[dtype])
@@ -117,7 +118,9 @@ def test_the_reference_attends_to_the_tokens_that_were_appended():
     for length, mask in ((1, None), (5, "causal")):
         queries = queries_for(snapshot, length)
         expected = oracle.attention(numpy(queries), keys, values, 0.125, mask)
-        np.testing.assert_allclose(numpy(attend_reference(snapshot, queries, 0.125, mask)), expected, atol=5e-6)
+        np.testing.assert_allclose(
+            numpy(attend_reference(snapshot, queries, 0.125, mask)), expected, atol=FLOAT32_ERROR
+        )
 
 
 @pytest.mark.parametrize("name", MASKS)
@@ -125,11 +128,11 @@ def test_the_reference_attends_to_the_tokens_that_were_appended():
 @pytest.mark.parametrize("kind", ["raw", "spectral"])
 def test_every_mask_at_every_length(kind, length, name):
     snapshot = snapshot_of(kind)
-    mask = masks(length, 4)[name]
+    mask = masks(length, 6)[name]
     queries = queries_for(snapshot, length)
     assert_no_worse_than_mlx(snapshot, queries, mask)
     reference = attend_reference(snapshot, queries, 0.125, as_mask(mask))
-    assert error_of(reference, snapshot, queries, 0.125, mask) < 5e-6
+    assert error_of(reference, snapshot, queries, 0.125, mask) < FLOAT32_ERROR
 
 
 @pytest.mark.parametrize("dtype", sorted(DTYPES))
@@ -147,7 +150,7 @@ def test_heads_dimensions_and_types(groups, key_dims, value_dims, kind, dtype):
 def test_batches(kind, name):
     snapshot = snapshot_of(kind, batch=2)
     queries = queries_for(snapshot, 5)
-    assert_no_worse_than_mlx(snapshot, queries, masks(5, 4, batch=2)[name])
+    assert_no_worse_than_mlx(snapshot, queries, masks(5, 6, batch=2)[name])
 
 
 @pytest.mark.parametrize("dtype", sorted(DTYPES))
@@ -155,8 +158,8 @@ def test_batches(kind, name):
 def test_sink_logits_take_weight_and_give_nothing(length, name, dtype):
     snapshot = snapshot_of("spectral", dtype=dtype)
     queries = queries_for(snapshot, length, dtype=dtype)
-    sinks = mx.array([-3.0, 0.0, 4.0, 30.0]).astype(DTYPES[dtype])
-    mask = masks(length, 4)[name]
+    sinks = mx.array([-3.0, 0.0, 4.0, 30.0, 1.0, -1.0]).astype(DTYPES[dtype])
+    mask = masks(length, 6)[name]
     assert_no_worse_than_mlx(snapshot, queries, mask, sinks, dtype)
     without = attend(snapshot, queries, 0.125, as_mask(mask))
     assert float(mx.abs(attend(snapshot, queries, 0.125, as_mask(mask), sinks) - without).max()) > 0.1
@@ -173,13 +176,13 @@ def test_float32_queries_over_a_float16_cache():
                                                 snapshot.words(0, PACKED), strict=True)]  # fmt: skip
     keys, values = (mx.concatenate([e[:, :, :4], m, e[:, :, 4:]], 2) for e, m in zip(exact, middle, strict=True))
     expected = oracle.attention(numpy(queries), numpy(keys), numpy(values), 0.125, "causal")
-    np.testing.assert_allclose(numpy(attend(snapshot, queries, 0.125, "causal")), expected, atol=5e-6)
+    np.testing.assert_allclose(numpy(attend(snapshot, queries, 0.125, "causal")), expected, atol=FLOAT32_ERROR)
 
 
 @pytest.mark.parametrize("length", [1, 4, 40])
 def test_rows_that_see_nothing_harm_no_other(length):
     snapshot = snapshot_of("spectral")
-    mask = masks(length, 4)["bool per head"]
+    mask = masks(length, 6)["bool per head"]
     mask[0, 0, 0] = False
     mask[0, 3] = False
     mask[0, 3, -1, 5] = length > 1  # the newest query of the last head sees one packed token
@@ -190,7 +193,7 @@ def test_rows_that_see_nothing_harm_no_other(length):
     assert 0 < seeing.sum() < seeing.size
     with np.errstate(invalid="ignore"):
         expected = oracle.attention(numpy(queries), *map(numpy, snapshot.decoded()), 0.125, mask)
-    np.testing.assert_allclose(result[0][seeing], expected[0][seeing], atol=5e-6)
+    np.testing.assert_allclose(result[0][seeing], expected[0][seeing], atol=FLOAT32_ERROR)
 
 
 @pytest.mark.parametrize("visible", [slice(0, 4), slice(3, 5), slice(130, 132), slice(258, 262), slice(449, 450)])
@@ -252,7 +255,7 @@ def test_a_tile_decodes_no_more_than_its_bytes(monkeypatch, tile_bytes, length, 
     assert [a for a, _ in asked] == [0, *(b for _, b in asked[:-1])]
     assert asked[-1][1] == PACKED
     largest = max(b - a for a, b in asked)
-    for row in (2 * 64, 2 * groups * length):  # numbers of a token's levels, and of its scores
-        assert largest == 64 or largest * row * 4 <= tile_bytes
-    assert largest == PACKED or (largest + 64) * max(2 * 64, 2 * groups * length) * 4 > tile_bytes  # nor much less
-    assert error_of(result, snapshot, queries_for(snapshot, length, groups), 0.125, "causal") < 5e-6
+    rows = 2 * 64 * attention.COPIES, 2 * groups * length  # numbers of a token's unpacking, and of its scores
+    assert largest == 64 or largest * max(rows) * 4 <= tile_bytes
+    assert largest == PACKED or (largest + 64) * max(rows) * 4 > tile_bytes  # nor much less
+    assert error_of(result, snapshot, queries_for(snapshot, length, groups), 0.125, "causal") < FLOAT32_ERROR

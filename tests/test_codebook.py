@@ -98,13 +98,15 @@ def test_quantize_finds_the_nearest_level_by_brute_force(bits):
 def test_quantize_never_misses_a_nearer_level(bits, z):
     code = codebook.quantize(mx.array([z]), bits).item()
     errors = np.abs(z - oracle.levels(bits))
-    assert errors[code] <= errors.min() + 4e-6
+    # Two levels, each rounded to float32 (within 4e-6, as tested above), and two distances, each rounded.
+    assert errors[code] <= errors.min() + 1e-5
 
 
 @pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
 def test_quantize_takes_half_precision(dtype):
-    z = mx.linspace(-3, 3, 100).astype(dtype)
-    assert (codebook.quantize(z, 4) == codebook.quantize(z.astype(mx.float32), 4)).all().item()
+    z = mx.linspace(-4, 4, 2000).astype(dtype)
+    for bits in range(1, 9):
+        assert (codebook.quantize(z, bits) == codebook.quantize(z.astype(mx.float32), bits)).all().item()
 
 
 def test_quantize_keeps_the_shape():

@@ -16,6 +16,7 @@ Mask = mx.array | Literal["causal"] | None
 
 # Temporaries beyond a few MB leave the cache of a CPU, and beyond 32 MB cost it page faults (7-13 times slower).
 TILE_BYTES = 4 << 20
+COPIES = 12  # of a tile's levels that unpacking holds at once: MLX keeps up to ten operations in flight
 LOWEST = -1e30  # stands for minus infinity: finite, so that rows without any visible key stay free of NaN
 
 
@@ -93,11 +94,11 @@ BLOCK_OF_SCORES = TILE_BYTES // 4
 
 
 def _tile_tokens(snapshot: Snapshot, score_rows: int) -> int:
-    """Tokens whose levels, and whose scores, stay within TILE_BYTES; a multiple of 64, at least 64."""
+    """Tokens whose unpacking, and whose scores, stay within TILE_BYTES; a multiple of 64, at least 64."""
     per_token = snapshot.exact_keys.shape[0] * snapshot.exact_keys.shape[1] * max(
         snapshot.exact_keys.shape[3], snapshot.exact_values.shape[3]
     )  # fmt: skip
-    return int(max(TILE_BYTES // (4 * max(per_token, score_rows)) // 64 * 64, 64))
+    return int(max(TILE_BYTES // (4 * max(COPIES * per_token, score_rows)) // 64 * 64, 64))
 
 
 def _attend_tile(running: Running | None, scores: mx.array, values: mx.array) -> Running:

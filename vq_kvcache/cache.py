@@ -340,14 +340,14 @@ class SpectralKVCache(KVCache):  # type: ignore[misc]  # mlx-lm is untyped
             self._storage = None
             return
         tokens = held["chunks"]
-        if len(arrays) != 2 + 2 * len(tokens) or any(a.ndim != 4 for a in arrays[:2]):
+        if len(arrays) != 2 + len(tokens) or any(a.ndim != 4 for a in arrays[:2]):
             raise ValueError(
-                f"the saved state holds {len(arrays)} arrays; expected {2 + 2 * len(tokens)}; the file is damaged."
+                f"the saved state holds {len(arrays)} arrays; expected {2 + len(tokens)}; the file is damaged."
             )
         storage = Storage(*self._quantizers(arrays[0], arrays[1]), self._window, self._sinks)
         storage.exact_keys, storage.exact_values = arrays[:2]
         storage.exact_tokens, storage.held_sinks = held["exact_tokens"], held["held_sinks"]
-        storage.chunks = [Chunk(k, v, n) for k, v, n in zip(arrays[2::2], arrays[3::2], tokens, strict=True)]
+        storage.chunks = [Chunk(words, n) for words, n in zip(arrays[2:], tokens, strict=True)]
         storage.check()
         self._storage = storage
 

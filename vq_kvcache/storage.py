@@ -5,6 +5,7 @@ packed tokens lie in chunks that are never moved once written.
 """
 
 import dataclasses
+import mmap
 
 import mlx.core as mx
 
@@ -13,6 +14,7 @@ from .spectral.spectral_quant import Quantizer
 BLOCK = 64  # tokens that are packed together
 LAG = 16  # tokens that a seal stays behind the window, so that a speculative rollback never lands in codes
 SMALLEST_CHUNK = 512  # tokens; a later chunk holds a quarter of what is packed already
+ALLOCATOR_BYTES = 64  # at most, that an allocator adds to a buffer before it rounds up to whole pages
 
 
 def tokens_to_seal(newest: int, window: int) -> int:
@@ -24,39 +26,47 @@ def tokens_to_seal(newest: int, window: int) -> int:
     return max(0, newest - window - LAG) // BLOCK * BLOCK
 
 
+def fill_pages(tokens: int, token_bytes: int) -> int:
+    """The most tokens of `token_bytes` each that take no more memory pages than `tokens` do: room that a buffer of
+    `tokens` would waste."""
+    if token_bytes == 0:
+        return tokens
+    pages = -(-(tokens * token_bytes + ALLOCATOR_BYTES) // mmap.PAGESIZE)
+    return (pages * mmap.PAGESIZE - ALLOCATOR_BYTES) // token_bytes
+
+
 @dataclasses.dataclass
 class Chunk:
-    """Packed tokens: words uint32 [B, W, capacity] of keys and of values; the first `tokens` are valid."""
+    """Packed tokens: words uint32 [B, W, capacity], those of keys and then those of values; `tokens` are valid."""
 
-    keys: mx.array
-    values: mx.array
+    words: mx.array
     tokens: int
 
     @property
     def capacity(self) -> int:
         """Tokens it can hold."""
-        return int(self.keys.shape[-1])
+        return int(self.words.shape[-1])
 
 
 @dataclasses.dataclass(frozen=True)
 class Snapshot:
     """The content of a Storage at one moment; later appends do not change it.
 
-    exact_keys, exact_values: [B, H, E, D], `sinks` first tokens and then the newest.  packed: (key words, value words,
-    valid tokens) of each chunk, oldest first.
+    exact_keys, exact_values: [B, H, E, D], `sinks` first tokens and then the newest.  packed: (words of keys and
+    values, valid tokens) of each chunk, oldest first.
     """
 
     exact_keys: mx.array
     exact_values: mx.array
     sinks: int
-    packed: tuple[tuple[mx.array, mx.array, int], ...]
+    packed: tuple[tuple[mx.array, int], ...]
     key_quantizer: Quantizer
     value_quantizer: Quantizer
 
     @property
     def packed_tokens(self) -> int:
         """Tokens held as codes."""
-        return sum(tokens for _, _, tokens in self.packed)
+        return sum(tokens for _, tokens in self.packed)
 
     @property
     def length(self) -> int:
@@ -65,14 +75,15 @@ class Snapshot:
 
     def words(self, start: int, end: int) -> tuple[mx.array, mx.array]:
         """Words [B, W, end - start] of keys and values of packed tokens start..end."""
-        keys, values, first = [], [], 0
-        for k, v, tokens in self.packed:
+        parts, first = [], 0
+        for held, tokens in self.packed:
             a, b = max(start - first, 0), min(end - first, tokens)
             if a < b:
-                keys.append(k[..., a:b])
-                values.append(v[..., a:b])
+                parts.append(held[..., a:b])
             first += tokens
-        return (keys[0], values[0]) if len(keys) == 1 else (mx.concatenate(keys, -1), mx.concatenate(values, -1))
+        words = parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=-1)
+        split = self.key_quantizer.words
+        return words[:, :split], words[:, split:]
 
     def decoded(self) -> tuple[mx.array, mx.array]:
         """All keys and all values, [B, H, length, D] in the model's dtype, as a lazy graph."""
@@ -114,7 +125,7 @@ class Storage:
     def arrays(self) -> list[mx.array]:
         """Every array held."""
         exact = [a for a in (self.exact_keys, self.exact_values) if a is not None]
-        return exact + [a for chunk in self.chunks for a in (chunk.keys, chunk.values)]
+        return exact + [chunk.words for chunk in self.chunks]
 
     @property
     def nbytes(self) -> int:
@@ -125,11 +136,11 @@ class Storage:
         """Add tokens at the end, exact; call `seal` once nobody needs them exact any more."""
         start, added = self.exact_tokens, keys.shape[2]
         if self.exact_keys is None or self.exact_values is None or start + added > self.exact_keys.shape[2]:
-            room = max(self.sinks + self.window + LAG + BLOCK, start + added)
+            room = self._room(start + added, keys, values)
             self.exact_keys = _resized(self.exact_keys, start, room, keys)
             self.exact_values = _resized(self.exact_values, start, room, values)
-        self.exact_keys = _written(self.exact_keys, start, keys, axis=2)
-        self.exact_values = _written(self.exact_values, start, values, axis=2)
+        self.exact_keys = _written(self.exact_keys, start, keys)
+        self.exact_values = _written(self.exact_values, start, values)
         self.exact_tokens += added
         if not self.chunks:
             self.held_sinks = min(self.sinks, self.exact_tokens)
@@ -142,27 +153,30 @@ class Storage:
         s = self.held_sinks
         key_words = self.key_quantizer.encode_words(self.exact_keys[:, :, s : s + count])
         value_words = self.value_quantizer.encode_words(self.exact_values[:, :, s : s + count])
-        self._add_words(key_words, value_words)
-        room = max(self.sinks + self.window + LAG + BLOCK, self.exact_tokens - count)
+        self._add_words(mx.concatenate([key_words, value_words], axis=1))
+        room = self._room(self.exact_tokens - count, self.exact_keys, self.exact_values)
         self.exact_keys = _without(self.exact_keys, s, count, self.exact_tokens, room)
         self.exact_values = _without(self.exact_values, s, count, self.exact_tokens, room)
         self.exact_tokens -= count
 
-    def _add_words(self, keys: mx.array, values: mx.array) -> None:
-        done, count = 0, keys.shape[-1]
+    def _room(self, tokens: int, keys: mx.array, values: mx.array) -> int:
+        """Places for exact tokens: at least `tokens`, and what decoding needs until the next seal."""
+        wanted = max(self.sinks + self.window + LAG + BLOCK, tokens)
+        widest = max(keys.shape[0] * keys.shape[1] * x.shape[3] * x.dtype.size for x in (keys, values))
+        return fill_pages(wanted, widest)
+
+    def _add_words(self, words: mx.array) -> None:
+        done, count = 0, words.shape[-1]
         if self.chunks and (free := self.chunks[-1].capacity - self.chunks[-1].tokens):
             last, done = self.chunks[-1], min(free, count)
-            last.keys = _written(last.keys, last.tokens, keys[..., :done], axis=2)
-            last.values = _written(last.values, last.tokens, values[..., :done], axis=2)
+            last.words = _written(last.words, last.tokens, words[..., :done])
             last.tokens += done
         if done == count:
             return
-        room = max(SMALLEST_CHUNK, self.packed_tokens // 4 // BLOCK * BLOCK, count - done)
-        rest_keys, rest_values = keys[..., done:], values[..., done:]
-        empty = [mx.zeros((*w.shape[:-1], room), mx.uint32) for w in (keys, values)]
-        self.chunks.append(
-            Chunk(_written(empty[0], 0, rest_keys, axis=2), _written(empty[1], 0, rest_values, axis=2), count - done)
-        )
+        wanted = max(SMALLEST_CHUNK, self.packed_tokens // 4, count - done)
+        room = fill_pages(wanted, 4 * words.shape[0] * words.shape[1])
+        empty = mx.zeros((*words.shape[:-1], room), mx.uint32)
+        self.chunks.append(Chunk(_written(empty, 0, words[..., done:]), count - done))
 
     def trim(self, count: int) -> int:
         """Drop the newest `count` tokens, at most all; return how many went. Codes are cut at any token."""
@@ -186,7 +200,7 @@ class Storage:
             raise ValueError("the cache is empty; expected keys and values; append some first.")
         exact = [a if a.shape[2] == self.exact_tokens else a[:, :, : self.exact_tokens]
                  for a in (self.exact_keys, self.exact_values)]  # fmt: skip
-        packed = tuple((c.keys, c.values, c.tokens) for c in self.chunks)
+        packed = tuple((c.words, c.tokens) for c in self.chunks)
         return Snapshot(exact[0], exact[1], self.held_sinks, packed, self.key_quantizer, self.value_quantizer)
 
     def check(self) -> None:
@@ -195,9 +209,9 @@ class Storage:
             raise ValueError("a stored cache lacks its exact tokens; the file is damaged; make it again.")
         batch, capacity = self.exact_keys.shape[0], min(self.exact_keys.shape[2], self.exact_values.shape[2])
         fits = 0 <= self.held_sinks <= self.exact_tokens <= capacity and self.exact_values.shape[0] == batch
+        width = self.key_quantizer.words + self.value_quantizer.words
         for chunk in self.chunks:
-            for words, quantizer in ((chunk.keys, self.key_quantizer), (chunk.values, self.value_quantizer)):
-                fits &= words.dtype == mx.uint32 and words.shape == (batch, quantizer.words, chunk.capacity)
+            fits &= chunk.words.dtype == mx.uint32 and chunk.words.shape == (batch, width, chunk.capacity)
             fits &= 0 < chunk.tokens <= chunk.capacity
         if not fits:
             raise ValueError("a stored cache's shapes do not fit its codec; the file is damaged; make it again.")
@@ -211,13 +225,13 @@ class Storage:
         return twin
 
 
-def _written(target: mx.array, start: int, update: mx.array, axis: int) -> mx.array:
+def _written(target: mx.array, start: int, update: mx.array) -> mx.array:
     """`target` with `update` at start.. of axis 2, as a new array: snapshots of the old one stay as they were.
 
     MLX writes in place when nothing else holds the buffer.
     """
     result = mx.array(target)
-    result[:, :, start : start + update.shape[axis]] = update
+    result[:, :, start : start + update.shape[2]] = update
     return result
 
 
