@@ -514,7 +514,10 @@ def test_kv_bits_are_refused(model, tokenizer):
         early_bound(model, tokenizer, PROMPT, kv_bits=4)
     with pytest.raises(ValueError, match=sentence):
         early_bound(model, tokenizer, PROMPT, kv_bits=4, draft_model=tiny_model(1))
-    assert len(early_bound(model, tokenizer, PROMPT, cache=KVCache, kv_bits=4, max_tokens=3).split()) == 3
+    assert (
+        len(early_bound(model, tokenizer, PROMPT, cache=KVCache, kv_bits=4, kv_group_size=32, max_tokens=3).split())
+        == 3
+    )
 
 
 def test_max_kv_size_turns_packing_off_and_says_so(model, tokenizer):

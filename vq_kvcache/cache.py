@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 from mlx_lm.models.cache import KVCache, create_attention_mask
 
 from .attention import attend
@@ -16,8 +17,8 @@ from .spectral.spectral_quant import Quantizer, RawQuantizer
 from .storage import BLOCK, LAG, Chunk, Snapshot, Storage
 
 LOSSLESS = Plan("lossless", "", {})
-# mlx-lm before 0.32 keeps scalars of a state apart, in `meta_state`; later ones keep them inside.
-SPLIT_STATE = hasattr(KVCache, "meta_state")
+# mlx-lm before 0.32 saves the arrays of a state only, and has `meta_state`; later ones save scalars and strings too.
+ARRAYS_ONLY = hasattr(KVCache, "meta_state")
 
 _plans: dict[str, Plan] = {LOSSLESS.name: LOSSLESS}
 
@@ -201,34 +202,35 @@ class SpectralKVCache(KVCache):  # type: ignore[misc]  # mlx-lm is untyped
 
     @property
     def state(self) -> Any:
-        """Everything held, as arrays and one string that says what they are (mlx-lm < 0.32: arrays alone)."""
-        arrays = [] if self._storage is None else self._storage.arrays
-        return list(arrays) if SPLIT_STATE else [self._describe(), *arrays]
+        """Everything held: a description, then the arrays. mlx-lm < 0.32 saves nothing but arrays, so there the
+        description is one, of its bytes."""
+        text = self._describe()
+        first = mx.array(list(text.encode()), mx.uint8) if ARRAYS_ONLY else text
+        return [first, *([] if self._storage is None else self._storage.arrays)]
 
     @state.setter
     def state(self, value: Any) -> None:
         items = list(value)
-        if not SPLIT_STATE:
-            self._read_description(items.pop(0) if items else None)
-        self._restore(items)
+        first = items.pop(0) if items else None
+        if isinstance(first, mx.array) and first.dtype == mx.uint8:
+            first = np.array(first).tobytes()
+        self._restore(self._read_description(first), items)
 
     @property
     def meta_state(self) -> Any:
-        """The string of `state`, where mlx-lm keeps it apart."""
-        return self._describe()
+        """Empty: `state` says it all. For mlx-lm < 0.32."""
+        return ""
 
     @meta_state.setter
     def meta_state(self, value: Any) -> None:
-        self._read_description(value)
+        if value:
+            raise ValueError("a SpectralKVCache has no meta_state; expected an empty one; make the file again.")
 
     @classmethod
     def from_state(cls, state: Any, meta_state: Any = None) -> "SpectralKVCache":
-        """A cache from what `state` (and `meta_state`) gave; its codec is looked up when it is first used."""
+        """A cache from what `state` gave; its codec is found by the name in it."""
         cache = cls.__new__(cls)
-        cache._storage = None
-        if SPLIT_STATE:
-            cache.meta_state = meta_state
-        cache.state = state
+        cache.state, cache.meta_state = state, meta_state
         return cache
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "SpectralKVCache":
@@ -317,7 +319,7 @@ class SpectralKVCache(KVCache):  # type: ignore[misc]  # mlx-lm is untyped
         }  # fmt: skip
         return json.dumps({"format": 1, **settings, **held})
 
-    def _read_description(self, text: Any) -> None:
+    def _read_description(self, text: Any) -> dict[str, Any]:
         try:
             fields = json.loads(text)
             if fields["format"] != 1:
@@ -325,18 +327,18 @@ class SpectralKVCache(KVCache):  # type: ignore[misc]  # mlx-lm is untyped
             self._plan = None
             self._plan_name, self._fingerprint = str(fields["plan"]), str(fields["fingerprint"])
             self._layer, self._window, self._sinks = (int(fields[n]) for n in ("layer", "window", "sinks"))
+            held: dict[str, Any] = {}
             if "chunks" in fields:
-                fields["chunks"] = [int(n) for n in fields["chunks"]]
-                fields.update({n: int(fields[n]) for n in ("exact_tokens", "held_sinks")})
-            self._held = fields
+                held = {n: int(fields[n]) for n in ("exact_tokens", "held_sinks")}
+                held["chunks"] = [int(n) for n in fields["chunks"]]
+            return held
         except (TypeError, ValueError, KeyError) as error:
             raise ValueError(
                 f"the saved state is not a SpectralKVCache's ({error}); expected one of this version; make it again."
             ) from None
 
-    def _restore(self, arrays: list[mx.array]) -> None:
-        held = self.__dict__.pop("_held", None) or json.loads(self._describe())
-        if "chunks" not in held:
+    def _restore(self, held: dict[str, Any], arrays: list[mx.array]) -> None:
+        if not held:
             self._storage = None
             return
         tokens = held["chunks"]
