@@ -91,6 +91,7 @@ def main() -> None:
     parser.add_argument("--positions", type=int, default=4096, help="scored positions per domain, at least")
     parser.add_argument("--bits", default="1,2,3,4")
     parser.add_argument("--domains", default="drama,encyclopaedia,factbook,prose,python")
+    parser.add_argument("--only", help="methods to measure, separated by commas; default: all")
     parser.add_argument("--codec", help="codec file; default: the stored or shipped one of the model")
     parser.add_argument("--out", type=pathlib.Path, help="result file; default: results/quality-MODEL-CONTEXT.json")
     args = parser.parse_args()
@@ -105,7 +106,8 @@ def main() -> None:
         ids = encode(tokenizer, (measure.HERE / "text" / f"{domain}.txt").read_text("utf-8"))
         count = min(-(-args.positions // (args.context - PREFILL)), len(ids) // args.context)
         texts = [ids[i * args.context : (i + 1) * args.context] for i in range(count)]
-        wanted = [m for m in ("full precision", *table) if f"{domain}/{m}" not in cells]
+        asked = args.only.split(",") if args.only else ["full precision", *table]
+        wanted = [m for m in asked if f"{domain}/{m}" not in cells]
         if not wanted:
             continue
         references = [measure.log_probabilities(model, own_caches(model), t, PREFILL) for t in texts]

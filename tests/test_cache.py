@@ -353,8 +353,10 @@ def test_handles_are_the_decoded_arrays_and_attend_from_the_codes(packed, monkey
 @pytest.mark.parametrize("swap", ["keys twice", "the other way round", "values of another append"])
 def test_unusual_pairs_of_handles_are_taken_for_arrays(packed, swap):
     cache = packed()
-    keys, values = cache.update_and_fetch(*pair(250))
+    cache.update_and_fetch(*pair(245))
+    keys, values = cache.update_and_fetch(*pair(5, seed=1))
     again = cache.keys_and_values()
+    assert all(isinstance(x, Handle) for x in (keys, values, *again))
     keys, values = {
         "keys twice": (keys, keys), "the other way round": (values, keys), "values of another append": (keys, again[1]),
     }[swap]  # fmt: skip

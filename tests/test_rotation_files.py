@@ -281,7 +281,7 @@ def test_a_manifest_cannot_name_a_file_outside_its_folder(saved, tmp_path, path)
         load_cached_rotations(folder)
 
 
-def archive_arrays(layers=(0, 1, 10), dims=5):
+def archive_arrays(layers=(0, 2, 10), dims=5):
     """What veloxquant_mlx 0.94.15 writes (spectral/calibrate.py, save_rotations)."""
     arrays = {"meta_n_tokens": np.array(512, dtype=np.int64)}
     for layer in layers:
@@ -299,8 +299,8 @@ def test_the_archive_of_veloxquant_is_read(tmp_path, named):
     arrays = archive_arrays()
     np.savez(tmp_path / "rotations.npz", **arrays)
     found = load_cached_rotations(tmp_path if named == "folder" else tmp_path / "rotations.npz")
-    assert [r.layer_name for r in found] == ["layers.0", "layers.1", "layers.10"]
-    for r, layer in zip(found, (0, 1, 10), strict=True):
+    assert [r.layer_name for r in found] == ["layers.0", "layers.2", "layers.10"]
+    for r, layer in zip(found, (0, 2, 10), strict=True):
         for half, part in ((r, "key"), (r.values, "val")):
             assert half.head_dim == 5
             assert half.mean is None
@@ -322,7 +322,7 @@ def test_a_manifest_is_read_before_an_archive_beside_it(saved):
     assert_loads(folder, three_rotations())
 
 
-@pytest.mark.parametrize("missing", ["layer_1_key_ev", "layer_1_val_U"])
+@pytest.mark.parametrize("missing", ["layer_2_key_ev", "layer_2_val_U"])
 def test_an_incomplete_archive_is_refused(tmp_path, missing):
     arrays = archive_arrays()
     del arrays[missing]
@@ -333,7 +333,7 @@ def test_an_incomplete_archive_is_refused(tmp_path, missing):
 
 @pytest.mark.parametrize("array", [np.float32(1), np.ones(5), np.ones((5, 4)), np.full((5, 5), np.nan)])
 def test_an_archive_with_arrays_of_the_wrong_form_is_refused(tmp_path, array):
-    np.savez(tmp_path / "rotations.npz", **{**archive_arrays(), "layer_1_key_U": array})
+    np.savez(tmp_path / "rotations.npz", **{**archive_arrays(), "layer_2_key_U": array})
     with pytest.raises(RotationFileError, match=r"is incomplete \(.*\); expected U and ev of every layer"):
         load_cached_rotations(tmp_path)
 
@@ -363,7 +363,7 @@ def test_an_archive_with_an_altered_member_is_refused(tmp_path):
     file = tmp_path / "rotations.npz"
     np.savez(file, **archive_arrays())
     with zipfile.ZipFile(file) as archive:
-        start = archive.getinfo("layer_1_key_U.npy").header_offset + 200
+        start = archive.getinfo("layer_2_key_U.npy").header_offset + 200
     content = bytearray(file.read_bytes())
     content[start] ^= 0xFF
     file.write_bytes(content)

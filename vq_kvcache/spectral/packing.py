@@ -207,7 +207,8 @@ def _storage_order(widths: NDArray[np.int64], segments: list[Segment]) -> list[i
 def _levels(width: int) -> Callable[[mx.array], mx.array]:
     """Mask and polynomial fused into one kernel for each width."""
 
-    @mx.compile
+    # Shapeless, or every context length would be traced anew, and its trace kept.
+    @functools.partial(mx.compile, shapeless=True)
     def levels(fields: mx.array) -> mx.array:
         return dequantize(fields & (2**width - 1), width)
 
