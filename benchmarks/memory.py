@@ -42,10 +42,12 @@ def fill(model: Any, caches: list[Any], tokens: int) -> None:
 
 def held(model: Any, choice: Any, tokens: int) -> dict[str, float]:
     """nbytes of the caches at `tokens`, and by how much active memory grew when they were filled."""
+    start = active_bytes()
     caches = make_prompt_cache(model, cache=choice)
     before = active_bytes()
     fill(model, caches, tokens)
     row = {"nbytes": sum(c.nbytes for c in caches), "active_bytes": active_bytes() - before}
+    row["codec_active_bytes"] = before - start  # of the first row: later ones share the codec
     if isinstance(caches[0], SpectralKVCache):
         stats = [c.stats() for c in caches]
         row |= {name: sum(s[name] for s in stats) for name in stats[0]}

@@ -166,6 +166,12 @@ def test_a_machine_without_a_gpu_warns_once_and_calibrates_all_the_same(model, m
     assert all((a.mean == b.mean).all().item() for a, b in zip(found, rotations_of(model), strict=True))
 
 
+def test_the_cpu_that_was_asked_for_is_no_reason_to_warn(model):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert len(rotations_of(model, device="cpu")) == 2
+
+
 def test_the_warning_points_at_the_caller(model, monkeypatch):
     for backend in (mx.metal, mx.cuda):
         monkeypatch.setattr(backend, "is_available", lambda: False)
@@ -195,7 +201,9 @@ def test_texts_without_tokens_are_refused(model, texts):
 def test_a_model_with_nan_weights_is_refused(calibrate):
     model = tiny_model(**SIZES)
     model.update(tree_map(lambda a: a * float("nan"), model.parameters()))
-    with pytest.raises(ValueError, match=r"^activations hold NaN or infinity; expected finite .*; check the model\.$"):
+    sentence = r"^activations hold NaN or infinity; expected finite .*; check the model\.$"
+    with warnings.catch_warnings(), pytest.raises(ValueError, match=sentence):
+        warnings.simplefilter("error")
         calibrate(model)
 
 
@@ -293,15 +301,30 @@ def test_the_model_writes_the_same_text_from_the_same_seed_and_another_from_anot
     assert all(w[0].item() == tokenizer.eos_token_id for w in written[0])
 
 
-def test_the_written_text_follows_the_models_own_distribution(model):
-    """Of many sequences' second tokens, as many are each token as the model's probability says."""
-    tokenizer = tiny_tokenizer()
-    count = 1000
-    second = np.array([s[1].item() for s in calibration_text.write_sequences(model, tokenizer, count, 2, 0)])
-    logits = model(mx.array([[tokenizer.eos_token_id]]))[0, -1].astype(mx.float32)
-    probability = np.array(mx.softmax(logits))
-    found = np.bincount(second, minlength=len(probability)) / count
-    assert np.abs(found - probability).max() < 5 * np.sqrt(0.25 / count)
+class Dice(nn.Module):
+    """A model that finds the same four tokens as likely as `chances`, whatever came before."""
+
+    layers = ()
+    chances = (0.5, 0.3, 0.15, 0.05)
+
+    def __call__(self, ids, cache=None):
+        return mx.broadcast_to(mx.log(mx.array(self.chances)), (*ids.shape, 4))
+
+
+def test_the_model_writes_at_temperature_one_and_draws_every_token_anew():
+    count = 2000
+    written = np.array(mx.stack(calibration_text.write_sequences(Dice(), Letters(), count, 3, 0)))
+    assert written.shape == (count, 3)
+    for column in (1, 2):
+        found = np.bincount(written[:, column], minlength=4) / count
+        assert found == pytest.approx(Dice.chances, abs=5 * np.sqrt(0.25 / count))
+    same = np.mean(written[:, 1] == written[:, 2])
+    assert same == pytest.approx(np.square(Dice.chances).sum(), abs=5 * np.sqrt(0.25 / count))
+
+
+def test_texts_of_the_user_are_all_there_is():
+    nobody = None  # asked to write, it would fail
+    assert sequences(nobody, 16, 8, ["a" * 200]) == [Letters().encode("a" * 8, add_special_tokens=False)] * 16
 
 
 class Chat(Letters):

@@ -110,6 +110,11 @@ class Layout:
         """Bits of the W words that hold no code."""
         return WORD_BITS * self.words - int(self.widths.sum())
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the index arrays."""
+        return sum(a.nbytes for a in vars(self._tables).values() if isinstance(a, mx.array))
+
     def pack(self, codes: Sequence[mx.array]) -> mx.array:
         """Codes of `split`, uint32 [..., n, T] a width -> words uint32 [..., W, T]."""
         tables = self._tables

@@ -170,8 +170,8 @@ class SpectralQuantizer:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the transform's own arrays."""
-        return self.mean.nbytes + self.analysis.nbytes + self.synthesis.nbytes
+        """Bytes of the transform's own arrays, index tables included."""
+        return self.mean.nbytes + self.analysis.nbytes + self.synthesis.nbytes + self.layout.nbytes
 
     def encode(self, keys: mx.array) -> EncodedVector:
         """Vectors [..., D] of any float type -> packed codes. A stacked quantizer takes [..., H, T, D]."""
