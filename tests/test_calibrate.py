@@ -197,13 +197,12 @@ def test_texts_without_tokens_are_refused(model, texts):
         rotations_of(model, texts)
 
 
+@pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("calibrate", [rotations_of, lambda model: calibrate_codec(model, Letters(), texts=TEXTS)])
 def test_a_model_with_nan_weights_is_refused(calibrate):
     model = tiny_model(**SIZES)
     model.update(tree_map(lambda a: a * float("nan"), model.parameters()))
-    sentence = r"^activations hold NaN or infinity; expected finite .*; check the model\.$"
-    with warnings.catch_warnings(), pytest.raises(ValueError, match=sentence):
-        warnings.simplefilter("error")
+    with pytest.raises(ValueError, match=r"^activations hold NaN or infinity; expected finite .*; check the model\.$"):
         calibrate(model)
 
 

@@ -49,11 +49,19 @@ class Attachment:
         if codec is not None:
             if codec.fingerprint != (name := fingerprint(model)):
                 raise CodecError(f"the codec is of model {codec.fingerprint}; this model is {name}; use its own codec.")
-        elif self._codec is None:
-            codec = self._codec = codec_for(model, self.tokenizer)
         else:
-            codec = self._codec
+            codec = self._codec = self._codec or _codec_in_use(model, self.tokenizer)
         return register_plan(codec.plan(float(options.bits_per_value)))
+
+
+_codecs: dict[str, Codec] = {}  # of the models used in this process, by fingerprint
+
+
+def _codec_in_use(model: Any, tokenizer: Any) -> Codec:
+    name = fingerprint(model)
+    if name not in _codecs:
+        _codecs[name] = codec_for(model, tokenizer)
+    return _codecs[name]
 
 
 def _attachment(model: Any) -> Attachment | None:
@@ -310,8 +318,10 @@ def install(cache: CacheOptions | type[SpectralKVCache] = SpectralKVCache) -> In
 
 
 def uninstall() -> None:
-    """Put back everything that `install` and `attach` replaced, in mlx-lm, in MLX and on attached models."""
+    """Put back everything that `install` and `attach` replaced, in mlx-lm, in MLX and on attached models, and forget
+    the codecs in use."""
     global _dispatch_held
+    _codecs.clear()
     for (module, name), (original, ours) in list(_replaced.items()):
         if getattr(_module(module), name) is ours:
             setattr(_module(module), name, original)
