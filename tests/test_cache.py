@@ -152,6 +152,12 @@ def dependencies(cache, feed):
     return [feed(cache, 1), feed(cache, 90)]
 
 
+def new_keys(cache, feed):
+    feed(cache, 100)
+    cache.keys, cache.values = cache.keys * 2, cache.values + 1
+    return [feed(cache, 1), feed(cache, 90)]
+
+
 def sizes(cache, feed):
     seen = []
     for n in (1, 60, 200):
@@ -175,7 +181,7 @@ def masks(cache, feed):
 ROWS = [
     append_one, append_many, fetch_again, trim_across_the_window, trim_into_codes, trim_again_and_again,
     trim_everything, trim_more_than_everything, state_round_trip, state_set, states_are_evaluated, emptiness,
-    deep_copies_part, an_empty_deep_copy, dependencies, sizes, masks,
+    deep_copies_part, an_empty_deep_copy, dependencies, new_keys, sizes, masks,
 ]  # fmt: skip
 
 
@@ -348,6 +354,12 @@ def test_handles_are_the_decoded_arrays_and_attend_from_the_codes(packed, monkey
     with intercept.dispatching():
         result = mx.fast.scaled_dot_product_attention(queries, *fetched, scale=0.2, mask="causal")
     assert mx.array_equal(result, expected)
+
+
+def test_before_anything_is_packed_there_are_plain_arrays(packed):
+    cache = packed()
+    for fetched in (cache.update_and_fetch(*pair(100)), cache.keys_and_values()):
+        assert [type(x) for x in fetched] == [mx.array] * 2
 
 
 @pytest.mark.parametrize("swap", ["keys twice", "the other way round", "values of another append"])
@@ -584,11 +596,11 @@ def test_codec_bytes_are_what_a_plan_takes(exact_allocations):
     codec = random_codec(layers=6, heads=2, key_dims=64)
     before = active_bytes()
     plan = codec.plan(2.0)
-    transforms = sum(SpectralKVCache(plan, i).stats()["codec_bytes"] for i in range(6))
+    told = sum(SpectralKVCache(plan, i).stats()["codec_bytes"] for i in range(6))
     # Transforms are float32: per layer, K or V, and head a mean of 64, and two matrices of 64 by the stored dimensions.
     stored = sum(q.layout.stored for layer in plan.layers.values() for q in (layer.keys, layer.values))
-    assert transforms == 4 * 2 * (6 * 2 * 64 + 2 * 64 * stored)
-    assert active_bytes() - before == pytest.approx(transforms, rel=0.05)  # and the layout's index tables
+    assert 0 < told - 4 * 2 * (6 * 2 * 64 + 2 * 64 * stored) < 0.05 * told  # the rest: the layout's index tables
+    assert active_bytes() - before == pytest.approx(told, rel=0.01)
 
 
 @pytest.mark.parametrize("step", [512, 2048, 64])
@@ -599,11 +611,8 @@ def test_two_bits_take_a_fifth_of_full_precision(plan_of_six_layers, step):
     assert ours[0].nbytes <= 0.20 * theirs[0].nbytes
 
 
-def test_decoding_never_holds_more_than_one_tile(plan_of_six_layers, monkeypatch):
+def test_decoding_never_holds_more_than_one_tile(plan_of_six_layers):
     """4,096 tokens are many tiles of keys and of values, in each of six layers: one at a time is unpacked."""
-    tile_bytes = 1 << 20
-    monkeypatch.setattr(attention, "TILE_BYTES", tile_bytes)
-    monkeypatch.setattr(attention, "BLOCK_OF_SCORES", tile_bytes // 4)
     caches = layers_of(lambda i: SpectralKVCache(plan_of_six_layers, i), 4096, 2048)
     windows = sum(c.keys.nbytes + c.values.nbytes for c in caches)
     highest = 0
@@ -619,7 +628,7 @@ def test_decoding_never_holds_more_than_one_tile(plan_of_six_layers, monkeypatch
             del handles
             mx.eval(x, [c.state for c in caches])
             highest = max(highest, mx.get_peak_memory() - before)
-    assert highest <= tile_bytes + windows
+    assert highest <= attention.TILE_BYTES + windows
 
 
 @pytest.mark.parametrize("count", [0, 3, 100, 500])
