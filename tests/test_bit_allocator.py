@@ -4,7 +4,7 @@ import mlx.core as mx
 import numpy as np
 import oracle
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vq_kvcache.spectral.bit_allocator import allocate, gaussian_costs, water_fill_bits
@@ -20,6 +20,7 @@ def test_the_documented_signature():
 
 
 @given(spectra, st.floats(1, 8))
+@settings(deadline=None)
 def test_widths_sum_to_the_rounded_target_as_builtin_integers_in_range(spectrum, target):
     widths = water_fill_bits(spectrum, target)
     assert type(widths) is list
@@ -29,6 +30,7 @@ def test_widths_sum_to_the_rounded_target_as_builtin_integers_in_range(spectrum,
 
 
 @given(spectra, st.floats(0, 8), st.integers(0, 8), st.integers(0, 8))
+@settings(deadline=None)
 def test_every_limit_is_kept(spectrum, target, low, high):
     low, high = min(low, high), max(low, high)
     target = min(max(target, low), high)
@@ -38,6 +40,7 @@ def test_every_limit_is_kept(spectrum, target, low, high):
 
 
 @given(spectra, st.floats(1, 8))
+@settings(deadline=None)
 def test_widths_equal_the_oracles_greedy_allocation(spectrum, target):
     total = round(target * len(spectrum))
     assert water_fill_bits(spectrum, target) == oracle.water_fill(gaussian_costs(spectrum).tolist(), total, 1)
@@ -48,6 +51,7 @@ def test_gaussian_costs_are_variance_times_distortion():
 
 
 @given(st.permutations([64.0, 16.0, 4.0, 1.0, 0.25]))
+@settings(deadline=None)
 def test_widths_come_in_the_order_of_the_input(spectrum):
     by_variance = dict(zip([64.0, 16.0, 4.0, 1.0, 0.25], water_fill_bits([64.0, 16.0, 4.0, 1.0, 0.25], 3), strict=True))
     assert water_fill_bits(spectrum, 3) == [by_variance[x] for x in spectrum]

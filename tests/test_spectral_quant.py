@@ -257,10 +257,19 @@ def test_decoded_words_have_the_dtype_asked_for(dtype):
     assert quantizer.decode_words(words, dtype).dtype == dtype
 
 
-def test_nbytes_counts_the_arrays_of_the_transform():
-    quantizer = SpectralQuantizer(rotation(16), 4, 1)
+def arrays_of(thing):
+    """Every MLX array among the attributes of an object, of their attributes, and so on."""
+    if isinstance(thing, mx.array):
+        return [thing]
+    return [a for value in getattr(thing, "__dict__", {}).values() for a in arrays_of(value)]
+
+
+@pytest.mark.parametrize("heads", [1, 4])
+def test_nbytes_counts_every_array_that_the_transform_holds(heads):
+    quantizer = SpectralQuantizer.stack(different_heads()[:heads])
     assert quantizer.head_dim == 16
-    assert quantizer.nbytes == 4 * (16 + 16 * 16 + 16 * 16)
+    assert quantizer.nbytes == sum(a.nbytes for a in arrays_of(quantizer))
+    assert quantizer.nbytes > 4 * heads * (16 + 2 * 16 * quantizer.layout.stored)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
