@@ -27,7 +27,9 @@ PREFILL = 256
 DOCUMENTED = {"documented 4/1": (4, 1, False), "documented 4/3": (4, 3, False), "documented filled": (4, 3, True)}
 
 
-def methods(model: Any, tokenizer: Any, head_dim: int, codec: Codec, bits: list[float]) -> dict[str, Any]:
+def methods(
+    model: Any, tokenizer: Any, head_dim: int, codec: Codec, bits: list[float], only: str | None
+) -> dict[str, Any]:
     """name -> (function that makes the caches, true bits of the codes)."""
     table: dict[str, tuple[Callable[[], list[Any]], float]] = {}
     for b in bits:
@@ -40,6 +42,8 @@ def methods(model: Any, tokenizer: Any, head_dim: int, codec: Codec, bits: list[
         table[f"random rotation {b}"] = (lambda c=change: measure.baseline_caches(model, c)), b + 16 / head_dim
         change = measure.affine(b)
         table[f"mlx affine {b}"] = (lambda c=change: measure.baseline_caches(model, c)), b + 32 / 64
+    if only and "documented" not in only:
+        return table
     rotations = calibrate_spectral_rotation(model, tokenizer, 16, 1024)
     for name, (signal, noise, fill) in DOCUMENTED.items():
         table[name] = _documented(model, rotations, signal, noise, fill)
@@ -101,7 +105,7 @@ def main() -> None:
     name = f"quality-{pathlib.Path(args.model).name}-{args.context}"
     file = args.out or measure.RESULTS / f"{name}.json"
     cells = json.loads(file.read_text())["cells"] if file.exists() else {}
-    table = methods(model, tokenizer, head_dim, codec, [float(b) for b in args.bits.split(",")])
+    table = methods(model, tokenizer, head_dim, codec, [float(b) for b in args.bits.split(",")], args.only)
     for domain in args.domains.split(","):
         ids = encode(tokenizer, (measure.HERE / "text" / f"{domain}.txt").read_text("utf-8"))
         count = min(-(-args.positions // (args.context - PREFILL)), len(ids) // args.context)

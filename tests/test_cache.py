@@ -549,6 +549,8 @@ def test_the_older_contract_saves_nothing_but_arrays(make, count, request, monke
     for x, y in zip(feed(cache, 90), feed(again, 90), strict=True):
         np.testing.assert_array_equal(x, y)
     assert again.stats() == cache.stats()
+    with pytest.raises(ValueError, match="a SpectralKVCache has no meta_state; expected an empty one; make the file"):
+        SpectralKVCache.from_state(cache.state, "something")
 
 
 # Bytes.

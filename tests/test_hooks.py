@@ -240,6 +240,18 @@ def test_options_reach_the_caches(model, codec, stored_codec):
     assert [(c._plan.name, c._window, c._sinks) for c in default] == [(f"{codec.identity}@2.0", 128, 4)] * 2
 
 
+def test_a_codec_is_read_once(model, tokenizer, codec, monkeypatch):
+    asked = []
+    monkeypatch.setattr(hooks, "codec_for", lambda model, tokenizer: asked.append(tokenizer) or codec)
+    for _ in range(2):
+        vq_kvcache.generate(model, tokenizer, PROMPT[:3], max_tokens=1)
+        vq_kvcache.make_prompt_cache(model)
+    assert asked == [tokenizer]
+    vq_kvcache.uninstall()
+    vq_kvcache.make_prompt_cache(model, tokenizer=tokenizer)
+    assert asked == [tokenizer] * 2
+
+
 def test_a_full_precision_cache_can_be_asked_for(model, tokenizer, full_text):
     vq_kvcache.attach(model, cache=SpectralKVCache.with_options(codec=random_codec()))  # would be refused
     assert vq_kvcache.generate(model, tokenizer, PROMPT, cache=KVCache, max_tokens=40) == full_text

@@ -4,8 +4,8 @@ import contextlib
 import hashlib
 import os
 import pathlib
+import secrets
 import sys
-import tempfile
 
 
 def cache_folder() -> pathlib.Path:
@@ -21,9 +21,10 @@ def cache_folder() -> pathlib.Path:
 def write_atomically(path: pathlib.Path, data: bytes) -> None:
     """Write under a temporary name in the same folder, then rename: readers see the old file or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    # Not tempfile: its files are for their owner alone, and a codec or rotations may be shared.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
     try:
-        with os.fdopen(descriptor, "wb") as file:
+        with open(temporary, "xb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
