@@ -19,6 +19,8 @@ from mlx_lm.models.cache import KVCache, RotatingKVCache
 
 import vq_kvcache
 from vq_kvcache import SpectralKVCache, hooks
+from vq_kvcache import cache as cache_module
+from vq_kvcache.attention import attend
 from vq_kvcache.spectral import calibrate_from_vectors, save_rotations
 from vq_kvcache.spectral.codec import CodecError, fingerprint, stored_path
 from vq_kvcache.spectral.rotation_files import RotationFileError
@@ -266,6 +268,16 @@ def test_a_list_of_caches_is_used_as_it_is(model, tokenizer, full_text):
         cache.trim(1)
     assert vq_kvcache.generate(model, tokenizer, PROMPT[200:], cache=caches, max_tokens=40) == full_text
     assert caches[0].stats()["packed_tokens"] > 192
+
+
+def test_generate_attends_from_the_codes_with_nothing_installed(model, tokenizer, full_text, monkeypatch):
+    caches = vq_kvcache.make_prompt_cache(model, cache=LOSSLESS)
+    vq_kvcache.uninstall()
+    attended = []
+    monkeypatch.setattr(cache_module, "attend", lambda *args: attended.append(args) or attend(*args))
+    assert vq_kvcache.generate(model, tokenizer, PROMPT, prompt_cache=caches, max_tokens=40) == full_text
+    assert len(attended) > 40
+    assert symbols() == PRISTINE
 
 
 def test_input_embeddings(model, tokenizer, full_text):
