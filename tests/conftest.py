@@ -1,16 +1,19 @@
 """Small models, tokenizers, codecs and caches that the tests share; each test starts and ends with mlx-lm untouched."""
 
+import importlib
+import json
 import os
 
 # The matrices of the tests are small: on a busy machine, threads of OpenBLAS wait for each other for seconds.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import mlx.core as mx
+import mlx_lm
 import numpy as np
 import pytest
 import tokenizers
 import transformers
-from mlx.utils import tree_map_with_path
+from mlx.utils import tree_flatten, tree_map_with_path
 from mlx_lm.models import llama
 from mlx_lm.models.cache import KVCache
 from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -19,7 +22,7 @@ import vq_kvcache
 from vq_kvcache import cache as cache_module
 from vq_kvcache.cache import LOSSLESS, SpectralKVCache
 from vq_kvcache.spectral.bit_allocator import gaussian_costs
-from vq_kvcache.spectral.codec import Codec, Transforms, fingerprint
+from vq_kvcache.spectral.codec import Codec, Transforms, fingerprint, stored_path
 
 VOCABULARY = 97
 END = 1  # its embedding is zero, so that greedy text never ends by itself
@@ -100,6 +103,58 @@ def like_calibrated(transforms, batch, tokens, seed=0, dtype=mx.float32):
     )
 
 
+def numpy(x):
+    return np.array(x.astype(mx.float32))
+
+
+def pair(count, batch=1, seed=0, heads=2, dims=(32, 32), dtype=mx.float16):
+    generator = np.random.default_rng(seed)
+    return tuple(
+        mx.array(generator.normal(size=(batch, heads, count, d)).astype(np.float32)).astype(dtype) for d in dims
+    )
+
+
+class Feed:
+    """The same keys and values for every cache that is fed: the n-th token is always the same."""
+
+    def __init__(self, batch, dims=(32, 24)):
+        self.pair = pair(1000, batch, dims=dims)
+
+    def __call__(self, cache, count):
+        start = cache.offset
+        fetched = cache.update_and_fetch(*(x[:, :, start : start + count] for x in self.pair))
+        return tuple(numpy(x) for x in fetched)
+
+
+PROMPT = random_prompt(300)  # 128 of them are packed behind a window of 128, 192 behind one of 32
+
+
+def module(name):
+    return importlib.import_module(name)  # mlx_lm.generate, as an attribute, is the function
+
+
+REPLACED = [
+    ("mlx_lm.generate", "generate_step"),
+    ("mlx_lm.generate", "speculative_generate_step"),
+    ("mlx_lm.utils", "load_model"),
+    ("mlx.core.fast", "scaled_dot_product_attention"),
+    ("mlx_lm.models.cache", "SpectralKVCache"),
+]
+
+
+def symbols():
+    """What the hooks replace or add, as it is now."""
+    homes = [mx.fast if name == "mlx.core.fast" else module(name) for name, _ in REPLACED]
+    return [getattr(home, symbol, None) for home, (_, symbol) in zip(homes, REPLACED, strict=True)]
+
+
+PRISTINE = symbols()
+
+
+def kinds(caches):
+    return [type(c) for c in caches]
+
+
 @pytest.fixture(scope="session")
 def model():
     return tiny_model()
@@ -134,3 +189,26 @@ def packed(codec):
 def full():
     """Makes mlx-lm's own caches."""
     return KVCache
+
+
+@pytest.fixture
+def stored_codec(codec):
+    """The tiny model's codec in the cache folder, where it is found without a tokenizer."""
+    codec.save(stored_path(codec.fingerprint))
+    return codec
+
+
+@pytest.fixture(scope="session")
+def model_folder(model, tmp_path_factory):
+    """The tiny model in the layout of a Hugging Face repository."""
+    folder = tmp_path_factory.mktemp("tiny-llama")
+    (folder / "config.json").write_text(json.dumps(tiny_config()))
+    mx.save_safetensors(str(folder / "model.safetensors"), dict(tree_flatten(model.parameters())))
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def full_text(model, tokenizer):
+    """The tiny model's own text after PROMPT."""
+    return mlx_lm.generate(model, tokenizer, PROMPT, max_tokens=40)

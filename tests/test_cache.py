@@ -1,54 +1,20 @@
 """SpectralKVCache keeps mlx-lm's cache contract: in lossless mode every behaviour is that of mlx-lm's own KVCache."""
 
 import copy
-import gc
-import json
 
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import like_calibrated, random_codec
-from mlx_lm.models.cache import KVCache, QuantizedKVCache, load_prompt_cache, save_prompt_cache
+from conftest import Feed, numpy, pair
+from mlx_lm.models.cache import KVCache, QuantizedKVCache
 
-import vq_kvcache
 from vq_kvcache import attention
-from vq_kvcache import cache as cache_module
 from vq_kvcache.cache import LOSSLESS, CacheOptions, SpectralKVCache
 from vq_kvcache.spectral import intercept
-from vq_kvcache.spectral.codec import CodecError, Plan, stored_path
+from vq_kvcache.spectral.codec import CodecError
 from vq_kvcache.spectral.intercept import Handle
 
 WINDOW = 32  # with 4 sinks, 116 tokens are the first to leave a packed block
-
-
-@pytest.fixture
-def loadable():
-    """mlx-lm looks cache classes up by name in its own module, where the hooks put ours."""
-    with vq_kvcache.install():
-        yield
-
-
-def numpy(x):
-    return np.array(x.astype(mx.float32))
-
-
-def pair(count, batch=1, seed=0, heads=2, dims=(32, 32), dtype=mx.float16):
-    generator = np.random.default_rng(seed)
-    return tuple(
-        mx.array(generator.normal(size=(batch, heads, count, d)).astype(np.float32)).astype(dtype) for d in dims
-    )
-
-
-class Feed:
-    """The same keys and values for every cache that is fed: the n-th token is always the same."""
-
-    def __init__(self, batch, dims=(32, 24)):
-        self.pair = pair(1000, batch, dims=dims)
-
-    def __call__(self, cache, count):
-        start = cache.offset
-        fetched = cache.update_and_fetch(*(x[:, :, start : start + count] for x in self.pair))
-        return tuple(numpy(x) for x in fetched)
 
 
 # The contract. Each row is given a fresh cache and the feed, and tells what it saw.
@@ -222,45 +188,6 @@ def test_the_rows_above_really_pack_something(lossless):
     assert cache.stats()["packed_tokens"] == 0
     Feed(1)(cache, 1)
     assert cache.stats()["packed_tokens"] == 64
-
-
-@pytest.mark.parametrize("make", ["lossless", "packed"])
-@pytest.mark.parametrize("count", [1, 100, 400])
-def test_prompt_caches_are_saved_and_loaded(tmp_path, request, loadable, make, count):
-    feed = Feed(1, (32, 32))
-    caches = [request.getfixturevalue(make)() for _ in range(2)]
-    for cache in caches:
-        feed(cache, count)
-    save_prompt_cache(str(tmp_path / "saved.safetensors"), caches, {"model": "tiny"})
-    loaded, metadata = load_prompt_cache(str(tmp_path / "saved.safetensors"), return_metadata=True)
-    assert metadata == {"model": "tiny"}
-    for cache, again in zip(caches, loaded, strict=True):
-        assert type(again) is SpectralKVCache
-        assert again.stats() == cache.stats()
-        assert again.nbytes == cache.nbytes
-        for n in (70, 1):
-            for x, y in zip(feed(cache, n), feed(again, n), strict=True):
-                np.testing.assert_array_equal(x, y)
-
-
-def test_an_empty_prompt_cache_is_saved_and_loaded(tmp_path, loadable, packed):
-    save_prompt_cache(str(tmp_path / "saved.safetensors"), [packed()])
-    (again,) = load_prompt_cache(str(tmp_path / "saved.safetensors"))
-    assert again.empty()
-    assert again.offset == 0
-    assert len(Feed(1, (32, 32))(again, 150)[0][0, 0]) == 150
-
-
-def test_a_saved_cache_may_be_changed_without_changing_the_file(tmp_path, loadable, lossless):
-    cache, feed = lossless(), Feed(1)
-    before = feed(cache, 200)
-    state = cache.state
-    feed(cache, 100)
-    cache.trim(250)
-    feed(cache, 10)
-    again = SpectralKVCache.from_state(state)
-    for x, y in zip(again.keys_and_values(), before, strict=True):
-        np.testing.assert_array_equal(numpy(x), y)
 
 
 # The members.
@@ -441,215 +368,3 @@ def test_keys_and_values_of_another_shape_are_refused(packed, heads, dims, sente
     with pytest.raises(CodecError, match=sentence):
         cache.update_and_fetch(*pair(3, heads=heads, dims=dims))
     assert cache.empty()
-
-
-# Saved caches that cannot be used.
-
-
-def test_a_saved_cache_finds_its_codec_in_the_cache_folder(codec, packed, monkeypatch):
-    cache = packed(bits=3.0)
-    before = Feed(1, (32, 32))(cache, 300)
-    monkeypatch.setattr(cache_module, "_plans", {})
-    with pytest.raises(CodecError, match=rf"packed by codec {codec.identity} of model llama-\w+, which is not here"):
-        SpectralKVCache.from_state(cache.state)
-    codec.save(stored_path(codec.fingerprint))
-    again = SpectralKVCache.from_state(cache.state)
-    assert again.stats() == cache.stats()
-    for x, y in zip(again.keys_and_values(), cache.keys_and_values(), strict=True):
-        np.testing.assert_array_equal(numpy(x), numpy(y))
-    assert (numpy(again.keys_and_values()[0]) != before[0]).any()
-
-
-def test_a_saved_cache_of_another_codec_of_the_model_is_refused(codec, packed, monkeypatch):
-    cache = packed()
-    Feed(1, (32, 32))(cache, 300)
-    random_codec(layers=2, name=codec.fingerprint, seed=5).save(stored_path(codec.fingerprint))
-    monkeypatch.setattr(cache_module, "_plans", {})
-    with pytest.raises(CodecError, match=rf"packed by codec {codec.identity} of model llama-\w+, which is not here"):
-        SpectralKVCache.from_state(cache.state)
-
-
-def test_a_saved_cache_without_a_model_is_refused(monkeypatch):
-    plan = Plan("rotations-0", "", random_codec().plan(2.0).layers)
-    cache = SpectralKVCache(cache_module.register_plan(plan))
-    Feed(1, (32, 32))(cache, 3)
-    assert SpectralKVCache.from_state(cache.state).offset == 3
-    monkeypatch.setattr(cache_module, "_plans", {})
-    with pytest.raises(CodecError, match="packed by codec rotations-0 of model unknown, which is not here; expected"):
-        SpectralKVCache.from_state(cache.state)
-
-
-def changed(**fields):
-    return lambda text: json.dumps({k: v for k, v in {**json.loads(text), **fields}.items() if v is not ...})
-
-
-@pytest.mark.parametrize(
-    "describe",
-    [
-        lambda text: "no JSON", lambda text: "7", lambda text: "{}", lambda text: None, lambda text: mx.zeros((2,)),
-        lambda text: text[:-2], changed(format=2), changed(layer=...), changed(window="many"), changed(plan=...),
-        changed(exact_tokens=...), changed(held_sinks=None), changed(chunks=3), changed(chunks=["a"]),
-    ],
-)  # fmt: skip
-@pytest.mark.parametrize("split", [False, True])
-def test_a_damaged_description_is_refused(lossless, describe, split, monkeypatch):
-    monkeypatch.setattr(cache_module, "ARRAYS_ONLY", split)
-    cache = lossless()
-    Feed(1)(cache, 300)
-    text, arrays = describe(cache._describe()), cache._storage.arrays
-    if split and isinstance(text, str):
-        text = mx.array(list(text.encode()), mx.uint8)
-    with pytest.raises(ValueError, match=r"the saved state is not a SpectralKVCache's \(.*\); expected one of this ve"):
-        SpectralKVCache.from_state([text, *arrays])
-
-
-@pytest.mark.parametrize(
-    ("damage", "sentence"),
-    [
-        (lambda a: a[:-1], r"the saved state holds 2 arrays; expected 3; the file is damaged\."),
-        (lambda a: [*a, a[0]], r"the saved state holds 4 arrays; expected 3; the file is damaged\."),
-        (lambda a: a[:1], r"the saved state holds 1 arrays; expected 3; the file is damaged\."),
-        (lambda a: [a[0][0], *a[1:]], r"the saved state holds .* arrays; .*; the file is damaged\."),
-        (lambda a: [a[0][:, :, :9], *a[1:]], r"a stored cache's shapes do not fit its codec; the file is damaged"),
-        (lambda a: [*a[:2], a[2][:, 1:]], r"a stored cache's shapes do not fit its codec; the file is damaged"),
-    ],
-)
-def test_damaged_arrays_are_refused(lossless, damage, sentence):
-    cache = lossless()
-    Feed(1)(cache, 300)
-    description, *arrays = cache.state
-    assert SpectralKVCache.from_state([description, *arrays]).offset == 300
-    with pytest.raises(ValueError, match=sentence):
-        SpectralKVCache.from_state([description, *damage(arrays)])
-
-
-def test_a_state_of_nothing_is_refused():
-    with pytest.raises(ValueError, match="the saved state is not a SpectralKVCache's"):
-        SpectralKVCache.from_state([])
-
-
-def test_the_state_of_mlx_lms_cache_is_refused(full):
-    theirs = full()
-    Feed(1)(theirs, 3)
-    with pytest.raises(ValueError, match="the saved state is not a SpectralKVCache's"):
-        SpectralKVCache.from_state(theirs.state)
-
-
-@pytest.mark.parametrize("make", ["lossless", "packed"])
-@pytest.mark.parametrize("count", [0, 5, 300])
-def test_the_older_contract_saves_nothing_but_arrays(make, count, request, monkeypatch):
-    monkeypatch.setattr(cache_module, "ARRAYS_ONLY", True)
-    cache, feed = request.getfixturevalue(make)(), Feed(1, (32, 32))
-    if count:
-        feed(cache, count)
-    assert all(isinstance(a, mx.array) for a in cache.state)
-    assert cache.meta_state == ""
-    again = SpectralKVCache.from_state(cache.state, cache.meta_state)
-    assert again.empty() == cache.empty() == (count == 0)
-    for x, y in zip(feed(cache, 90), feed(again, 90), strict=True):
-        np.testing.assert_array_equal(x, y)
-    assert again.stats() == cache.stats()
-    with pytest.raises(ValueError, match="a SpectralKVCache has no meta_state; expected an empty one; make the file"):
-        SpectralKVCache.from_state(cache.state, "something")
-
-
-# Bytes.
-
-
-def layers_of(make, tokens, step, layers=6):
-    """Caches of one small model, 2 KV heads of 64 in float16, filled `step` tokens at a time and evaluated."""
-    caches = [make(i) for i in range(layers)]
-    for start in range(0, tokens, step):
-        for cache in caches:
-            cache.update_and_fetch(*(mx.random.normal((1, 2, min(step, tokens - start), 64)).astype(mx.float16),) * 2)
-        mx.eval([c.state for c in caches])
-    return caches
-
-
-def active_bytes():
-    gc.collect()
-    mx.synchronize()
-    mx.clear_cache()
-    return mx.get_active_memory()
-
-
-@pytest.fixture(scope="module")
-def plan_of_six_layers():
-    return random_codec(layers=6, heads=2, key_dims=64).plan(2.0)
-
-
-@pytest.mark.parametrize(("tokens", "step"), [(512, 1), (512, 512), (1024, 64), (2048, 2048), (3000, 512), (4096, 512)])
-def test_nbytes_is_what_memory_grows_by(plan_of_six_layers, tokens, step):
-    before = active_bytes()
-    caches = layers_of(lambda i: SpectralKVCache(plan_of_six_layers, i), tokens, step)
-    grown = active_bytes() - before
-    assert grown == pytest.approx(sum(c.nbytes for c in caches), rel=0.03)
-
-
-def test_codec_bytes_are_what_a_plan_takes():
-    codec = random_codec(layers=6, heads=2, key_dims=64)
-    before = active_bytes()
-    plan = codec.plan(2.0)
-    told = sum(SpectralKVCache(plan, i).stats()["codec_bytes"] for i in range(6))
-    # Transforms are float32: per layer, K or V, and head a mean of 64, and two matrices of 64 by the stored dimensions.
-    stored = sum(q.layout.stored for layer in plan.layers.values() for q in (layer.keys, layer.values))
-    assert 0 < told - 4 * 2 * (6 * 2 * 64 + 2 * 64 * stored) < 0.05 * told  # the rest: the layout's index tables
-    assert active_bytes() - before == pytest.approx(told, rel=0.01)
-
-
-@pytest.mark.parametrize("step", [512, 2048, 64])
-def test_two_bits_take_a_fifth_of_full_precision(plan_of_six_layers, step):
-    ours = layers_of(lambda i: SpectralKVCache(plan_of_six_layers, i), 4096, step, layers=1)
-    theirs = layers_of(lambda i: KVCache(), 4096, 2048, layers=1)
-    assert theirs[0].nbytes == 4096 * 2 * 2 * 64 * 2
-    assert ours[0].nbytes <= 0.20 * theirs[0].nbytes
-
-
-def test_decoding_never_holds_more_than_one_tile(plan_of_six_layers):
-    """4,096 tokens are many tiles of keys and of values, in each of six layers: one at a time is unpacked."""
-    caches = layers_of(lambda i: SpectralKVCache(plan_of_six_layers, i), 4096, 2048)
-    windows = sum(c.keys.nbytes + c.values.nbytes for c in caches)
-    highest = 0
-    with intercept.dispatching():
-        for _ in range(50):
-            x = mx.random.normal((1, 4, 1, 64)).astype(mx.float16)
-            mx.eval(x)
-            before = active_bytes()
-            mx.reset_peak_memory()
-            for cache in caches:
-                handles = cache.update_and_fetch(x[:, :2], x[:, 2:])
-                x = mx.fast.scaled_dot_product_attention(x, *handles, scale=0.125)
-            del handles
-            mx.eval(x, [c.state for c in caches])
-            highest = max(highest, mx.get_peak_memory() - before)
-    assert highest <= attention.TILE_BYTES + windows
-
-
-@pytest.mark.parametrize("count", [0, 3, 100, 500])
-def test_stats_add_up(packed, count):
-    cache = packed()
-    for start in range(0, count, 50):
-        cache.update_and_fetch(*pair(min(50, count - start), seed=start))
-    stats = cache.stats()
-    assert stats["packed_tokens"] + stats["exact_tokens"] == cache.offset == count
-    assert stats["packed_tokens"] == max(0, count - 52) // 64 * 64
-    assert stats["code_bytes"] + stats["sink_bytes"] + stats["window_bytes"] == cache.nbytes
-    assert stats["sink_bytes"] == min(4, count) * 2 * 2 * 32 * 2
-    layer = cache._plan.layers[0]
-    assert stats["codec_bytes"] == layer.keys.nbytes + layer.values.nbytes > 0
-    assert (stats["code_bytes"] > 0) == (count > 116)
-
-
-def test_the_lossless_codec_takes_no_bytes(lossless):
-    assert lossless().stats()["codec_bytes"] == 0
-
-
-def test_bits_are_kept_within_the_budget(codec):
-    """Stored words of 1,024 packed tokens, padding included, against numbers x bits."""
-    for bits in (1.0, 2.0, 3.5, 8.0):
-        cache = SpectralKVCache(codec.plan(bits), 0, 0, 0)
-        keys, values = (like_calibrated(t, 1, 1024 + 16, i) for i, t in enumerate(codec.layers[0]))
-        cache.update_and_fetch(keys, values)
-        assert cache.stats()["packed_tokens"] == 1024
-        places = cache._storage.chunks[0].capacity
-        assert 0.95 * bits <= cache.stats()["code_bytes"] * 8 / (places * 2 * 2 * 32) <= bits
