@@ -112,6 +112,29 @@ def nearest(z, table):
     return np.searchsorted((table[1:] + table[:-1]) / 2, np.asarray(z, dtype=np.float64))
 
 
+# Rings: the codes of one width in one word, coded together.
+
+
+def ring_neighbours(codes):
+    """j [n, ...] of a ring of codes [n, ...]: 2 (c[k] ^ low(c[k-2])) + low(c[k-1]), k modulo n."""
+    n = len(codes)
+    low = [c & 1 for c in codes]
+    return np.stack([2 * (codes[k] ^ low[(k - 2) % n]) + low[(k - 1) % n] for k in range(n)])
+
+
+def polynomial(coefficients, count):
+    """Values of an odd polynomial at the midpoints of `count` equal parts of (-1, 1)."""
+    t = (2 * np.arange(count) + 1 - count) / count
+    return sum(c * t ** (2 * k + 1) for k, c in enumerate(coefficients))
+
+
+def nearest_ring(z, levels):
+    """Least squared error of coding z [n] as a ring, by trying every ring of codes; levels [2^(b+1)]."""
+    count = len(levels) // 2
+    rings = np.array(list(itertools.product(range(count), repeat=len(z)))).T
+    return float(((levels[ring_neighbours(rings)] - np.asarray(z, np.float64)[:, None]) ** 2).sum(axis=0).min())
+
+
 # Spectra.
 
 

@@ -324,10 +324,13 @@ def test_a_long_prompt_chunk_sees_itself_exact(packed):
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"bits_per_value": 0.2}, r"bits_per_value is 0\.2; expected a number from 0\.25 to 8\."),
-        ({"bits_per_value": 9}, r"bits_per_value is 9; expected a number from 0\.25 to 8\."),
-        ({"bits_per_value": "2"}, r"bits_per_value is '2'; expected a number from 0\.25 to 8\."),
-        ({"bits_per_value": float("nan")}, r"bits_per_value is nan; expected a number from 0\.25 to 8\."),
+        ({"bits_per_value": 0.2}, r"bits_per_value is 0\.2; expected a number from 0\.25 to 8, or one for keys"),
+        ({"bits_per_value": 9}, r"bits_per_value is 9; expected a number from 0\.25 to 8, or one for keys"),
+        ({"bits_per_value": "2"}, r"bits_per_value is '2'; expected a number from 0\.25 to 8, or one for keys"),
+        (
+            {"bits_per_value": float("nan")},
+            r"bits_per_value is nan; expected a number from 0\.25 to 8, or one for keys",
+        ),
         ({"window": -1}, r"window is -1; expected a whole number of tokens, 0 or more\."),
         ({"window": 1.5}, r"window is 1\.5; expected a whole number of tokens, 0 or more\."),
         ({"window": True}, r"window is True; expected a whole number of tokens, 0 or more\."),

@@ -80,7 +80,7 @@ def test_kv_bits_are_refused(capsys, form):
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        (["--kv-avg-bits", "9"], "bits_per_value is 9.0; expected a number from 0.25 to 8."),
+        (["--kv-avg-bits", "9"], "bits_per_value is 9.0; expected a number from 0.25 to 8, or one for keys"),
         (["--kv-window", "-1"], "window is -1; expected a whole number of tokens, 0 or more."),
         (["--kv-codec", "nowhere.safetensors"], "nowhere.safetensors cannot be read"),
     ],

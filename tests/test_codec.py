@@ -264,7 +264,7 @@ def test_plans_are_named_by_the_codecs_identity_and_made_once():
     made = random_codec()
     plan = made.plan(2)
     assert made.plan(2) is plan
-    assert plan.name == f"{made.identity}@2"
+    assert plan.name == f"{made.identity}@2.0"
     assert plan.fingerprint == made.fingerprint
     assert made.plan(3).name != plan.name
     assert plan.layers[0].nbytes == plan.layers[0].keys.nbytes + plan.layers[0].values.nbytes > 0
@@ -272,7 +272,7 @@ def test_plans_are_named_by_the_codecs_identity_and_made_once():
 
 @pytest.mark.parametrize("bits", [0, 0.2, 8.1, -1, float("nan")])
 def test_budgets_out_of_range_are_refused(bits):
-    with pytest.raises(ValueError, match=rf"bits_per_value is {bits}; expected 0\.25 to 8"):
+    with pytest.raises(ValueError, match=rf"bits_per_value is {bits}; expected a number from 0\.25 to 8"):
         random_codec().plan(bits)
 
 

@@ -34,15 +34,23 @@ def plan_of_six_layers():
     return random_codec(layers=6, heads=2, key_dims=64).plan(2.0)
 
 
+@pytest.fixture
+def exact_buffers():
+    """MLX may serve an array from a freed buffer two pages larger, and counts it whole: nothing that we hold."""
+    before = mx.set_cache_limit(0)
+    yield
+    mx.set_cache_limit(before)
+
+
 @pytest.mark.parametrize(("tokens", "step"), [(512, 1), (512, 512), (1024, 64), (2048, 2048), (3000, 512), (4096, 512)])
-def test_nbytes_is_what_memory_grows_by(plan_of_six_layers, tokens, step):
+def test_nbytes_is_what_memory_grows_by(plan_of_six_layers, exact_buffers, tokens, step):
     before = active_bytes()
     caches = layers_of(lambda i: SpectralKVCache(plan_of_six_layers, i), tokens, step)
     grown = active_bytes() - before
-    assert grown == pytest.approx(sum(c.nbytes for c in caches), rel=0.03)
+    assert grown == pytest.approx(sum(c.nbytes for c in caches), rel=0.01)
 
 
-def test_codec_bytes_are_what_a_plan_takes():
+def test_codec_bytes_are_what_a_plan_takes(exact_buffers):
     codec = random_codec(layers=6, heads=2, key_dims=64)
     before = active_bytes()
     plan = codec.plan(2.0)

@@ -11,7 +11,7 @@ import numpy as np
 from mlx_lm.models.cache import KVCache, create_attention_mask
 
 from .attention import attend
-from .spectral.codec import Codec, CodecError, Plan, find_codec
+from .spectral.codec import Bits, Codec, CodecError, Plan, as_pair, budget_of, find_codec
 from .spectral.intercept import Handle
 from .spectral.spectral_quant import Quantizer, RawQuantizer
 from .storage import BLOCK, LAG, Chunk, Snapshot, Storage
@@ -39,27 +39,34 @@ def find_plan(name: str, fingerprint: str) -> Plan:
             f"the saved prompt cache was packed by codec {identity} of model {fingerprint or 'unknown'}, which is not "
             "here; expected it in the codec folder or attached to the model; load that codec first."
         )
-    return register_plan(codec.plan(float(bits)))
+    return register_plan(codec.plan(budget_of(bits)))
 
 
 @dataclasses.dataclass(frozen=True)
 class CacheOptions:
     """How a spectral cache is to be made; ValueError names the option that is out of range.
 
-    bits_per_value: stored bits per cached number, 0.25 to 8, padding included.  window: newest tokens kept exact.
-    sinks: first tokens kept exact.  codec: a Codec, a file, or None to find or make the model's own.  lossless: store
-    raw bits instead (a test of everything but the quantizer).
+    bits_per_value: stored bits per cached number, 0.25 to 8, padding included; a pair holds keys and values to budgets
+    of their own.  max_kl: instead, the smallest budget whose predicted KL (Codec.predicted_kl) is at most this, in
+    nats.  window: newest tokens kept exact.  sinks: first tokens kept exact.  codec: a Codec, a file, or None to find
+    or make the model's own.  lossless: store raw bits instead (a test of everything but the quantizer).
     """
 
-    bits_per_value: float = 2.0
+    bits_per_value: Bits = 2.0
     window: int = 128
     sinks: int = 4
     codec: Codec | str | os.PathLike[str] | None = None
     lossless: bool = False
+    max_kl: float | None = None
+
+    def plan(self, codec: Codec) -> Plan:
+        """The plan of `codec` that these options ask for."""
+        return codec.plan(self.bits_per_value if self.max_kl is None else codec.bits_for(self.max_kl))
 
     def __post_init__(self) -> None:
-        if not isinstance(self.bits_per_value, int | float) or not 0.25 <= self.bits_per_value <= 8:
-            raise ValueError(f"bits_per_value is {self.bits_per_value!r}; expected a number from 0.25 to 8.")
+        as_pair(self.bits_per_value)
+        if self.max_kl is not None and not (isinstance(self.max_kl, int | float) and self.max_kl > 0):
+            raise ValueError(f"max_kl is {self.max_kl!r}; expected a number of nats above 0.")
         for name in ("window", "sinks"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 0:
@@ -106,14 +113,15 @@ class SpectralKVCache(KVCache):  # type: ignore[misc]  # mlx-lm is untyped
 
     @staticmethod
     def with_options(
-        bits_per_value: float = 2.0,
+        bits_per_value: Bits = 2.0,
         window: int = 128,
         sinks: int = 4,
         codec: Codec | str | os.PathLike[str] | None = None,
         lossless: bool = False,
+        max_kl: float | None = None,
     ) -> CacheOptions:
         """Options to pass as `cache=` in place of the class."""
-        return CacheOptions(bits_per_value, window, sinks, codec, lossless)
+        return CacheOptions(bits_per_value, window, sinks, codec, lossless, max_kl)
 
     # -- what a model calls
 

@@ -51,7 +51,7 @@ class Attachment:
                 raise CodecError(f"the codec is of model {codec.fingerprint}; this model is {name}; use its own codec.")
         else:
             codec = self._codec = self._codec or _codec_in_use(model, self.tokenizer)
-        return register_plan(codec.plan(float(options.bits_per_value)))
+        return register_plan(options.plan(codec))
 
 
 _codecs: dict[str, Codec] = {}  # of the models used in this process, by fingerprint

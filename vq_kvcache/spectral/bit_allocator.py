@@ -15,9 +15,16 @@ def gaussian_costs(eigenvalues: ArrayLike | mx.array) -> NDArray[np.float64]:
     return np.outer(as_spectrum(eigenvalues), [distortion(b) for b in range(MAX_BITS + 1)])
 
 
-def allocate(costs: NDArray[np.float64], total: int, min_bits: int = 0, max_bits: int = MAX_BITS) -> NDArray[np.int64]:
+def allocate(
+    costs: NDArray[np.float64],
+    total: int,
+    min_bits: int = 0,
+    max_bits: int = MAX_BITS,
+    start: NDArray[np.int64] | None = None,
+) -> NDArray[np.int64]:
     """Widths [N] that spend `total` bits, each bit where it removes most of `costs` [N, 9]; ties to the lowest index.
 
+    start: widths [N] that are spent already, counted in `total`; None for `min_bits` each.
     Greedy is optimal where each row is convex (Fox 1966), which D(b) of the Gaussian levels is.
     """
     count = len(costs)
@@ -30,10 +37,10 @@ def allocate(costs: NDArray[np.float64], total: int, min_bits: int = 0, max_bits
         )
     gains = -np.diff(costs, axis=1)
     rows = gains.tolist()
-    widths = [min_bits] * count
-    heap = [(-row[min_bits], i) for i, row in enumerate(rows)] if min_bits < max_bits else []
+    widths = [min_bits] * count if start is None else start.tolist()
+    heap = [(-row[b], i) for i, (row, b) in enumerate(zip(rows, widths, strict=True)) if b < max_bits]
     heapq.heapify(heap)
-    for _ in range(total - min_bits * count):
+    for _ in range(total - sum(widths)):
         _, i = heapq.heappop(heap)
         widths[i] += 1
         if widths[i] < max_bits:

@@ -1,7 +1,6 @@
 """Statistics of a model's keys and values over text -> rotations (the documented API), or a Codec (the cache's own)."""
 
 import contextlib
-import dataclasses
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
@@ -13,13 +12,13 @@ from tqdm import tqdm
 
 from . import codec as codecs
 from .calibration_text import Placed, calibration_sequences, context_of, place
-from .codebook import MAX_BITS, dequantize, quantize
 from .codec import Codec, Transforms
 from .fisher import LayerFisher, gather
 from .intercept import dispatching, observers
 from .moments import Moments, SecondMoments
 from .rotation_files import RotationFileError, load_cached_rotations, save_rotations
-from .spectral_quant import SMALLEST_RELATIVE_DEVIATION, SpectralRotation
+from .spectral_quant import SpectralRotation
+from .transforms import KEPT_VECTORS, eigen, fisher_transforms, transforms_of
 
 __all__ = [
     "RotationFileError",
@@ -31,11 +30,6 @@ __all__ = [
     "save_rotations",
 ]
 
-# Eigenvalues of a metric below this share of the largest are raised to it: its inverse root must stay bounded.
-METRIC_FLOOR = 1e-5
-STRETCHES = (1.0, 1.2, 1.5, 2.0)
-KEPT_VECTORS = 4096  # of each head, on which costs are measured
-RATIO_LIMITS = (0.5, 20.0)
 OUTPUT_PROJECTIONS = ("o_proj", "out_proj", "dense", "c_proj", "wo", "o")
 
 
@@ -126,7 +120,7 @@ def calibrate_codec(
     provenance = {
         "objective": objective, "sequences": len(sequences), "sequence_length": sequence_length, "seed": seed,
         "text": "built-in" if texts is None else "user", "tokens": sum(s.size for s in sequences),
-        "context": context_of(model),
+        "context": context_of(model), "window": window, "sinks": sinks,
     }  # fmt: skip
     return Codec(codecs.fingerprint(model), layers, provenance)
 
@@ -139,41 +133,13 @@ def _fisher_layers(model: Any, sequences: Sequence[Placed], window: int, sinks: 
     statistics = gather(model, progress, window, sinks, seed)
     _require_layers(statistics)
     return {
-        i: (_fisher_transforms(keys), _fisher_transforms(values))
+        i: (_of_fisher(keys), _of_fisher(values))
         for i, (keys, values) in tqdm(statistics.items(), desc="measuring", unit="layer")
     }
 
 
-def _fisher_transforms(seen: LayerFisher) -> Transforms:
-    transforms = _transforms(seen.vectors, seen.metric, [x for x, _ in seen.kept])
-    # Half the squared error in the metric is KL, and errors add up along the sequence.
-    costs = transforms.costs / 2 * _sequence_ratio(transforms, seen.kept)
-    return dataclasses.replace(transforms, costs=costs.astype(np.float32))
-
-
-def _sequence_ratio(transforms: Transforms, kept: list[tuple[mx.array, mx.array]]) -> NDArray[np.float64]:
-    """[H, 1, 9]: how much more errors of a head cost than if those of different tokens were independent.
-
-    The square of the sum over a sequence of gradient times error, over the mean cost in the metric; pooled over the
-    coordinates of a head, because one coordinate alone is too noisy.
-    """
-    heads = len(transforms.mean)
-    deviation = _deviations(transforms.eigenvalues.astype(np.float64))
-    analysis = mx.array((transforms.analysis / deviation[:, None]).astype(np.float32))
-    synthesis = np.linalg.inv(transforms.analysis.astype(np.float64)) * deviation[..., None]
-    back = mx.array(synthesis.astype(np.float32))
-    mean, stretch = mx.array(transforms.mean)[:, None], mx.array(transforms.stretch)[:, None]
-    total, tokens = np.zeros((heads, MAX_BITS + 1)), 0
-    for x, g in kept:
-        unit, slope = (x - mean) @ analysis, g @ back.swapaxes(1, 2)
-        tokens += x.shape[1]
-        for bits in range(MAX_BITS + 1):
-            s = stretch[..., bits]
-            rounded = dequantize(quantize(unit / s, bits), bits) * s if bits else mx.zeros_like(unit)
-            total[:, bits] += np.array(((slope * (rounded - unit)).sum(axis=1) ** 2).sum(axis=-1))
-    independent = transforms.costs.astype(np.float64).sum(axis=1)
-    ratio = total / tokens / np.maximum(independent, 1e-30)
-    return np.asarray(np.clip(ratio, *RATIO_LIMITS)[:, None])
+def _of_fisher(seen: LayerFisher) -> Transforms:
+    return fisher_transforms(seen.vectors, seen.metric, seen.kept)
 
 
 def _variance_layers(model: Any, sequences: Sequence[Placed]) -> Layers:
@@ -189,8 +155,8 @@ def _variance_layers(model: Any, sequences: Sequence[Placed]) -> Layers:
     for i, layer in tqdm(seen.items(), desc="measuring", unit="layer"):
         output = _output_metric(model, i, *layer.values.mean.shape)
         layers[i] = (
-            _transforms(layer.keys, layer.queries.value, layer.kept_keys),
-            _transforms(layer.values, output, layer.kept_values),
+            transforms_of(layer.keys, layer.queries.value, layer.kept_keys),
+            transforms_of(layer.values, output, layer.kept_values),
         )
     return layers
 
@@ -261,15 +227,9 @@ def _on_device(device: str) -> Iterator[None]:
         yield
 
 
-def _eigen(matrix: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Eigenvalues [D] descending, not negative, and eigenvectors as columns [D, D]."""
-    values, vectors = np.linalg.eigh(matrix)
-    return np.maximum(values[::-1], 0), vectors[:, ::-1]
-
-
 def _pooled_rotation(moments: Moments, name: str, values: SpectralRotation | None) -> SpectralRotation:
     pooled = moments.pooled()
-    eigenvalues, vectors = _eigen(pooled.covariance[0])
+    eigenvalues, vectors = eigen(pooled.covariance[0])
     return _rotation(vectors, eigenvalues, pooled.mean[0], name, values)
 
 
@@ -282,42 +242,6 @@ def _rotation(
 ) -> SpectralRotation:
     arrays = [mx.array(np.ascontiguousarray(a, dtype=np.float32)) for a in (vectors, eigenvalues, mean)]
     return SpectralRotation(arrays[0], arrays[1], len(mean), name, arrays[2], values)
-
-
-def _transforms(moments: Moments, metric: NDArray[np.float64], kept: list[mx.array]) -> Transforms:
-    heads, dims = moments.mean.shape
-    analysis, eigenvalues = np.zeros((heads, dims, dims)), np.zeros((heads, dims))
-    for h in range(heads):
-        weights, basis = _eigen(metric[h])
-        root = (basis * np.sqrt(np.maximum(weights, METRIC_FLOOR * weights[0]))) @ basis.T
-        eigenvalues[h], vectors = _eigen(root @ moments.covariance[h] @ root)
-        analysis[h] = root @ vectors
-    centred = mx.concatenate(kept, axis=1).astype(mx.float32) - mx.array(moments.mean.astype(np.float32))[:, None]
-    costs, stretch = _measure_costs(centred @ mx.array(analysis.astype(np.float32)), eigenvalues)
-    arrays = moments.mean, analysis, eigenvalues, costs, stretch
-    return Transforms(*(np.ascontiguousarray(a, dtype=np.float32) for a in arrays))
-
-
-def _measure_costs(z: mx.array, eigenvalues: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Mean squared error of coordinates z [H, T, D] at 0..8 bits, [H, D, 9], and the stretch that gives it."""
-    scale = _deviations(eigenvalues)
-    unit = (z / mx.array(scale.astype(np.float32))[:, None])[:, :: max(1, -(-z.shape[1] // KEPT_VECTORS))]
-    costs, stretch = np.zeros((*eigenvalues.shape, MAX_BITS + 1)), np.ones((*eigenvalues.shape, MAX_BITS + 1))
-    costs[..., 0] = np.array((unit**2).mean(axis=1))
-    for bits in range(1, MAX_BITS + 1):
-        errors = [((dequantize(quantize(unit / s, bits), bits) * s - unit) ** 2).mean(axis=1) for s in STRETCHES]
-        table = np.array(mx.stack(errors))
-        best = table.argmin(axis=0)
-        costs[..., bits] = np.take_along_axis(table, best[None], axis=0)[0]
-        stretch[..., bits] = np.array(STRETCHES)[best]
-    return costs * scale[..., None] ** 2, stretch
-
-
-def _deviations(eigenvalues: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Standard deviations [H, D], none of them zero."""
-    root = np.sqrt(np.maximum(eigenvalues, 0))
-    smallest = np.maximum(root.max(axis=-1, keepdims=True) * SMALLEST_RELATIVE_DEVIATION, 1e-30)
-    return np.asarray(np.maximum(root, smallest))
 
 
 def _output_metric(model: Any, layer: int, heads: int, dims: int) -> NDArray[np.float64]:

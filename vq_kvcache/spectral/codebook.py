@@ -8,6 +8,7 @@ weighted by the Gaussian mass of each cell; tests/oracle.py derives them again i
 
 import functools
 import math
+from collections.abc import Sequence
 
 import mlx.core as mx
 import numpy as np
@@ -35,9 +36,15 @@ def levels(bits: int) -> NDArray[np.float64]:
     if bits == 0:
         return np.zeros(1)
     t = (2 * np.arange(2**bits) + 1 - 2**bits) / 2**bits
-    powers = np.array([t ** (2 * k + 1) for k in range(len(COEFFICIENTS[bits]))])
-    result: NDArray[np.float64] = np.array(COEFFICIENTS[bits]) @ powers
-    return result
+    return odd_polynomial(COEFFICIENTS[bits], t)
+
+
+def odd_polynomial(coefficients: Sequence[float], t: NDArray[np.float64]) -> NDArray[np.float64]:
+    """sum_k c_k t^(2k+1), by products alone: `**` may round t and -t apart."""
+    result, square = np.zeros_like(t), t * t
+    for c in reversed(coefficients):
+        result = result * square + c
+    return result * t
 
 
 @functools.cache

@@ -1,12 +1,13 @@
 """The transforms of every layer of one model, and widths for any budget: calibrated once, saved as one file."""
 
+import bisect
 import dataclasses
 import functools
 import json
 import os
 import pathlib
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -24,9 +25,12 @@ from .packing import WORD_BITS, allocate_words
 from .spectral_quant import SpectralQuantizer, SpectralRotation
 
 FORMAT = "vq_kvcache.codec"
-VERSION = 1
+VERSION = 2
 SAMPLED_BYTES = 1 << 20
 SAMPLES_PER_PARAMETER = 256
+# Costs are those of small errors. A head without any codes of its keys would attend to everything alike, which is no
+# small error: on one model a head priced at 0.002 nats cost 0.36.
+LEAST_WORDS = {"keys": 1, "values": 0}
 
 
 ARRAYS = ("mean", "analysis", "eigenvalues", "costs", "stretch")
@@ -42,7 +46,8 @@ class Transforms:
 
     mean [H, D], analysis [H, D, D] (a coordinate per column), eigenvalues [H, D] descending, in units of the metric.
     costs [H, D, 9]: what each coordinate costs at 0..8 bits, measured, in the metric.  stretch [H, D, 9]: the factor on
-    its standard deviation that gives this cost, because coordinates are not Gaussian and levels may need room.
+    its standard deviation that gives this cost, because coordinates are not Gaussian and levels may need room. Both
+    are of codes in rings (trellis.py) where there are such.
     """
 
     mean: NDArray[np.float32]
@@ -71,15 +76,52 @@ class Transforms:
         return SpectralQuantizer.stack(heads)
 
 
-def allocate_heads(costs: list[NDArray[np.float64]], bits_per_value: float) -> list[NDArray[np.int64]]:
-    """Widths [D] of heads that share one budget, from their costs [D, 9]; all their words together keep within it."""
+Bits = float | tuple[float, float]
+
+
+def as_pair(bits_per_value: Any) -> tuple[float, float]:
+    """Budgets of keys and of values; ValueError unless each is a number from 0.25 to 8."""
+    pair = (
+        tuple(bits_per_value) if isinstance(bits_per_value, tuple | list) else (bits_per_value, bits_per_value)
+    )  # a bool is an int, and no budget
+    numbers = [isinstance(b, int | float) and not isinstance(b, bool) and 0.25 <= b <= MAX_BITS for b in pair]
+    if len(pair) != 2 or not all(numbers):
+        raise ValueError(
+            f"bits_per_value is {bits_per_value!r}; expected a number from 0.25 to {MAX_BITS}, or one for keys and one "
+            "for values."
+        )
+    return float(pair[0]), float(pair[1])
+
+
+def budget_name(bits_per_value: Bits) -> str:
+    """A budget as saved caches write it: "2.0", or "3.0,2.0" for keys and values apart."""
+    keys, values = as_pair(bits_per_value)
+    return f"{keys}" if isinstance(bits_per_value, int | float) else f"{keys},{values}"
+
+
+def budget_of(name: str) -> Bits:
+    """The inverse of `budget_name`."""
+    keys, _, values = name.partition(",")
+    return (float(keys), float(values)) if values else float(keys)
+
+
+def allocate_heads(
+    costs: list[NDArray[np.float64]], bits_per_value: float, floors: Sequence[int] | None = None
+) -> list[NDArray[np.int64]]:
+    """Widths [D] of heads that share one budget, from their costs [D, 9]; all their words together keep within it.
+
+    floors: words that each head gets at least, as far as the budget goes.
+    """
     # A running minimum, because one more bit can measure worse by chance and greedy would stop there.
     falling = [np.minimum.accumulate(c, axis=1) for c in costs]
     sizes = [len(c) for c in costs]
     words = int(bits_per_value * sum(sizes) // WORD_BITS)
-    bits = allocate(np.concatenate(falling), min(WORD_BITS * words, MAX_BITS * sum(sizes)))
+    least = np.array(floors if floors is not None and sum(floors) <= words else [0] * len(costs))
+    start = [allocate(c, min(WORD_BITS * n, MAX_BITS * len(c))) for c, n in zip(falling, least.tolist(), strict=True)]
+    total = min(WORD_BITS * words, MAX_BITS * sum(sizes))
+    bits = allocate(np.concatenate(falling), total, start=np.concatenate(start))
     shares = np.array([part.sum() / WORD_BITS for part in np.split(bits, np.cumsum(sizes)[:-1])])
-    whole = np.floor(shares).astype(int)
+    whole = np.maximum(np.floor(shares).astype(int), least)
     for h in np.argsort(whole - shares, kind="stable")[: words - int(whole.sum())]:
         whole[h] += 1
     return [allocate_words(c, w) for c, w in zip(falling, whole.tolist(), strict=True)]
@@ -120,27 +162,66 @@ class Codec:
         if not layers:
             raise CodecError("no layer has a KV cache to pack; expected at least one full-attention layer.")
         self.fingerprint, self.layers, self.provenance = fingerprint, dict(sorted(layers.items())), provenance
-        self._plans: dict[float, Plan] = {}
+        self._plans: dict[str, Plan] = {}
 
     @functools.cached_property
     def identity(self) -> str:
         """Hash of the content, by which saved prompt caches name their codec."""
         return sha256(self._serialised())[:16]
 
-    def plan(self, bits_per_value: float) -> Plan:
-        """Quantizers of every layer with at most `bits_per_value` stored bits per number, padding included."""
-        if not 0.25 <= bits_per_value <= MAX_BITS:
-            raise ValueError(f"bits_per_value is {bits_per_value}; expected 0.25 to {MAX_BITS}.")
-        if bits_per_value not in self._plans:
+    def plan(self, bits_per_value: Bits) -> Plan:
+        """Quantizers of every layer with at most `bits_per_value` stored bits per number, padding included.
+
+        A pair is a budget for keys and one for values. One number is spent where it helps most, keys or values.
+        """
+        name = f"{self.identity}@{budget_name(bits_per_value)}"
+        if name not in self._plans:
             widths = self._widths(bits_per_value)
             layers = {
                 i: LayerQuantizers(k.quantizer(widths[i, "keys"]), v.quantizer(widths[i, "values"]))
                 for i, (k, v) in self.layers.items()
             }
-            self._plans[bits_per_value] = Plan(f"{self.identity}@{bits_per_value}", self.fingerprint, layers)
-        return self._plans[bits_per_value]
+            self._plans[name] = Plan(name, self.fingerprint, layers)
+        return self._plans[name]
 
-    def _widths(self, bits_per_value: float) -> dict[tuple[int, str], list[NDArray[np.int64]]]:
+    @property
+    def in_nats(self) -> bool:
+        """Whether costs of all layers are in one unit, nats of KL per token."""
+        return self.provenance.get("objective") == "fisher" or self.provenance.get("costs") == "nats"
+
+    def predicted_kl(self, bits_per_value: Bits) -> float:
+        """Mean KL of the next-token distribution, in nats, that this budget is expected to cost text like the
+        calibration's, at positions beyond window and sinks and contexts as long as its sequences.
+
+        ValueError for a codec whose costs are not in nats.
+        """
+        if not self.in_nats:
+            raise ValueError(
+                f"costs of a codec of objective {self.provenance.get('objective')!r} are not in nats; expected "
+                '"fisher"; calibrate with objective="fisher".'
+            )
+        cost = sum(
+            float(transforms.costs[h, np.arange(len(bits)), bits].sum(dtype=np.float64))
+            for (i, part), heads in self._widths(bits_per_value).items()
+            for transforms in [self.layers[i][part == "values"]]
+            for h, bits in enumerate(heads)
+        )
+        # Costs are means over all tokens; the first positions, which see everything exact, bear none.
+        length = int(self.provenance.get("sequence_length", 0))
+        exact = int(self.provenance.get("window", 0)) + int(self.provenance.get("sinks", 0))
+        return cost * length / (length - exact) if length > exact else cost
+
+    def bits_for(self, max_kl: float) -> float:
+        """The smallest budget, in steps of 1/16 bit, whose `predicted_kl` is at most `max_kl`; ValueError if none."""
+        steps = [b / 16 for b in range(4, 16 * MAX_BITS + 1)]
+        if not max_kl > 0 or self.predicted_kl(steps[-1]) > max_kl:
+            raise ValueError(
+                f"max_kl is {max_kl}; expected at least {self.predicted_kl(steps[-1]):.2g}, which {MAX_BITS} bits are "
+                "predicted to cost; allow more or use a full-precision cache."
+            )
+        return steps[bisect.bisect_left(steps, True, key=lambda b: self.predicted_kl(b) <= max_kl)]
+
+    def _widths(self, bits_per_value: Bits) -> dict[tuple[int, str], list[NDArray[np.int64]]]:
         """Widths of each head of each (layer, part): one budget for the model where costs are in nats, else equal ones
         for the keys and for the values of each layer."""
         costs = {
@@ -148,10 +229,17 @@ class Codec:
             for i, pair in self.layers.items()
             for part, transforms in zip(("keys", "values"), pair, strict=True)
         }
-        if self.provenance.get("objective") != "fisher":
-            return {name: allocate_heads(heads, bits_per_value) for name, heads in costs.items()}
-        flat = iter(allocate_heads([c for heads in costs.values() for c in heads], bits_per_value))
-        return {name: [next(flat) for _ in heads] for name, heads in costs.items()}
+        budgets = dict(zip(("keys", "values"), as_pair(bits_per_value), strict=True))
+        if not self.in_nats:
+            return {name: allocate_heads(heads, budgets[name[1]]) for name, heads in costs.items()}
+        shared = [("keys", "values")] if isinstance(bits_per_value, int | float) else [("keys",), ("values",)]
+        widths: dict[tuple[int, str], list[NDArray[np.int64]]] = {}
+        for parts in shared:
+            chosen = {name: heads for name, heads in costs.items() if name[1] in parts}
+            floors = [LEAST_WORDS[part] for (_, part), heads in chosen.items() for _ in heads]
+            flat = iter(allocate_heads([c for heads in chosen.values() for c in heads], budgets[parts[0]], floors))
+            widths |= {name: [next(flat) for _ in heads] for name, heads in chosen.items()}
+        return widths
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write one safetensors file, atomically."""

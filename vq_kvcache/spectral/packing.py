@@ -8,7 +8,8 @@ straddles two words. Words of equal content are neighbours and form *segments*:
     segment (width, shift, first_word, words, slots, first):
         coordinate first + s * words + w  =  (word[first_word + w] >> (shift + s * width)) & (2^width - 1)
 
-so one static shift serves `words` coordinates, and one broadcast shift a whole segment. Coordinates in *storage order*
+so one static shift serves `words` coordinates, and one broadcast shift a whole segment. Where a layout is coded by
+trellis, the codes of a segment that lie in one word form a ring (trellis.py). Coordinates in *storage order*
 are those of the segments one after the other; dimensions of width 0 are not stored. An array of T vectors is stored
 word-major, [..., W, T]: neighbouring tokens lie side by side, heads of different W simply stack, and a kernel's lanes
 read consecutive tokens.
@@ -16,7 +17,9 @@ read consecutive tokens.
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import mlx.core as mx
 import numpy as np
@@ -24,6 +27,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from .bit_allocator import allocate
 from .codebook import MAX_BITS, dequantize
+from .trellis import dequantize_rings, is_ring, turn_rings
 
 WORD_BITS = 32
 # Codes of the first widths leave the most bits of a word over when alone, so they choose their company first.
@@ -45,6 +49,15 @@ class Segment:
     def count(self) -> int:
         """Coordinates in this segment."""
         return self.words * self.slots
+
+
+class Group(NamedTuple):
+    """Rows start..end of the codes that `pack` takes: of one width, and in rings of `slots` codes, or alone (0)."""
+
+    width: int
+    slots: int
+    start: int
+    end: int
 
 
 def fill_words(counts: Sequence[int]) -> list[dict[int, int]]:
@@ -79,15 +92,16 @@ def _fullest_word(left: Sequence[int]) -> dict[int, int]:
 class Layout:
     """Where the codes of H heads lie. `widths` [H, D] in 0..8 ([D] is one head), in any order along D.
 
+    trellis: whether codes that can form rings do. It changes what codes mean, not where they lie.
     Head h owns the words first_words[h] to first_words[h + 1] of the W in all; `segments[h]` is its table, with words
     counted from its first; `order[h]` lists its dimensions in storage order; `stored` is N, the longest of them.
     """
 
-    def __init__(self, widths: ArrayLike) -> None:
+    def __init__(self, widths: ArrayLike, trellis: bool = False) -> None:
         table = np.atleast_2d(np.asarray(widths, dtype=np.int64))
         if table.ndim != 2 or table.size == 0 or table.min() < 0 or table.max() > MAX_BITS:
             raise ValueError(f"widths of shape {table.shape}; expected integers [H, D] in 0..{MAX_BITS}.")
-        self.widths = table
+        self.widths, self.trellis = table, trellis
         self.segments: list[list[Segment]] = []
         self.order: list[list[int]] = []
         self.first_words = [0]
@@ -116,7 +130,7 @@ class Layout:
         return sum(a.nbytes for a in vars(self._tables).values() if isinstance(a, mx.array))
 
     def pack(self, codes: Sequence[mx.array]) -> mx.array:
-        """Codes of `split`, uint32 [..., n, T] a width -> words uint32 [..., W, T]."""
+        """Codes of `split`, uint32 [..., n, T] a group -> words uint32 [..., W, T]."""
         tables = self._tables
         if not codes:
             raise ValueError("nothing is stored at these widths; expected a width above 0.")
@@ -126,57 +140,130 @@ class Layout:
         return mx.take(rows, tables.codes_of_word, axis=-2).sum(axis=-3)
 
     def unpack(self, words: mx.array) -> list[mx.array]:
-        """Words [..., W, T] -> codes uint32 [..., n, T], one array per width of `tables`; the inverse of `pack`."""
-        return [fields & (2**width - 1) for width, fields in self._fields(words)]
+        """Words [..., W, T] -> codes uint32 [..., n, T], one array per group; the inverse of `pack`."""
+        fields = mx.right_shift(mx.take(self._checked(words), self._tables.word_of, axis=-2), self._tables.shifts)
+        return [fields[..., g.start : g.end, :] & (2**g.width - 1) for g in self.groups]
 
     def unpack_levels(self, words: mx.array) -> mx.array:
         """Words [..., W, T] -> levels of the stored coordinates, float32 [..., H, N, T]; 0 beyond a head's own."""
+        tables, source = self._tables, self._checked(words)
         lead, tokens = words.shape[:-2], words.shape[-1]
-        parts = [_levels(width)(fields) for width, fields in self._fields(words)]
+        if tables.rings:
+            in_place = mx.right_shift(mx.take(words, tables.ring_words, axis=-2), tables.ring_shifts)
+            source = mx.concatenate([words, *turn_rings(in_place, tables.ring_widths, tables.ring_slots)], axis=-2)
+        fields = mx.right_shift(mx.take(source, tables.turned_of, axis=-2), tables.turned_shifts)
+        parts = [_levels(g.width)(fields[..., g.start : g.end, :]) for g in self.groups if not g.slots]
+        if tables.rings:
+            first = tables.alone
+            lows = mx.right_shift(mx.take(source, tables.low_of, axis=-2), tables.turned_shifts[first:])
+            parts += [
+                _turned_levels(g.width)(fields[..., g.start : g.end, :], lows[..., g.start - first : g.end - first, :])
+                for g in self.groups
+                if g.slots
+            ]
         parts.append(mx.zeros((*lead, 1, tokens), mx.float32))
-        return mx.take(mx.concatenate(parts, axis=-2), self._tables.row_of, axis=-2)
+        return mx.take(mx.concatenate(parts, axis=-2), tables.row_of, axis=-2)
 
-    def split(self, z: mx.array) -> list[tuple[int, mx.array]]:
-        """Coordinates [..., H, N, T] -> (width, rows [..., n, T]) in the order `pack` takes them."""
+    @property
+    def groups(self) -> list[Group]:
+        """How the rows of `split`, `pack` and `unpack` are grouped."""
+        return self._tables.groups
+
+    def split(self, z: mx.array) -> list[mx.array]:
+        """Coordinates [..., H, N, T] -> rows [..., n, T] of each group; those of rings slot by slot."""
         rows = mx.take(z.flatten(-3, -2), self._tables.grouped, axis=-2)
-        return [(width, rows[..., a:b, :]) for width, a, b in self._tables.groups]
+        return [rows[..., g.start : g.end, :] for g in self.groups]
 
-    def _fields(self, words: mx.array) -> list[tuple[int, mx.array]]:
+    def _checked(self, words: mx.array) -> mx.array:
         if words.shape[-2] != self.words or words.dtype != mx.uint32:
             raise ValueError(f"{words.shape[-2]} words of {words.dtype}; expected {self.words} of uint32; wrong codec.")
-        fields = mx.right_shift(mx.take(words, self._tables.word_of, axis=-2), self._tables.shifts)
-        return [(width, fields[..., a:b, :]) for width, a, b in self._tables.groups]
+        return words
 
 
 class _Tables:
-    """The layout as index arrays, so that a few ops serve all heads: rows grouped by width, then head, then order."""
+    """The layout as index arrays, so that a few ops serve all heads: rows grouped by width; rings after the rest."""
 
     def __init__(self, layout: Layout) -> None:
-        rows = []  # (width, head, position in storage order, word, shift)
-        for h, segments in enumerate(layout.segments):
-            for s in segments:
-                for slot in range(s.slots):
-                    for w in range(s.words):
-                        word = layout.first_words[h] + s.first_word + w
-                        rows.append((s.width, h, s.first + slot * s.words + w, word, s.shift + slot * s.width))
-        rows.sort(key=lambda r: (-r[0], r[1], r[2]))
-        count = len(rows)
-        widths = [r[0] for r in rows]
-        self.groups = [(b, widths.index(b), widths.index(b) + widths.count(b)) for b in sorted(set(widths))[::-1]]
-        self.word_of = mx.array([r[3] for r in rows], mx.uint32)
-        self.shifts = mx.array([r[4] for r in rows], mx.uint32).reshape(count, 1)
-        self.grouped = mx.array([r[1] * layout.stored + r[2] for r in rows], mx.uint32)
+        rows, rings = _rows(layout)
+        kinds = [(r.width, r.slots) for r in rows]
+        self.groups, start = [], 0
+        for kind, same in itertools.groupby(kinds):
+            end = start + len(list(same))
+            self.groups.append(Group(*kind, start, end))
+            start = end
+        count, self.alone, self.rings = len(rows), sum(not slots for _, slots in kinds), len(rings)
+        self.word_of = _indices([r.word for r in rows])
+        self.shifts = _column([r.shift for r in rows])
+        self.grouped = _indices([r.head * layout.stored + r.position for r in rows])
         row_of = np.full((layout.heads, layout.stored), count, dtype=np.uint32)
         in_word: list[list[int]] = [[] for _ in range(layout.words)]
-        for i, (_, h, position, word, _) in enumerate(rows):
-            row_of[h, position] = i
-            in_word[word].append(i)
-        self.row_of = mx.array(row_of)
+        for i, r in enumerate(rows):
+            row_of[r.head, r.position] = i
+            in_word[r.word].append(i)
+        self.row_of = _indices(row_of)
         slots = max((len(codes) for codes in in_word), default=0)
         padded = [codes + [count] * (slots - len(codes)) for codes in in_word]
-        self.codes_of_word = mx.array(np.array(padded, dtype=np.uint32).reshape(layout.words, slots).T)
+        self.codes_of_word = _indices(np.array(padded, dtype=np.uint32).reshape(layout.words, slots).T)
+        self._set_rings(layout, rows, rings)
         # Other threads, with streams of their own, must find them computed.
-        mx.eval(self.word_of, self.shifts, self.grouped, self.row_of, self.codes_of_word)
+        mx.eval([a for a in vars(self).values() if isinstance(a, mx.array)])
+
+    def _set_rings(self, layout: Layout, rows: "list[_Row]", rings: list[tuple[int, int, int, int]]) -> None:
+        """Turned rings follow the words, the neighbours' lowest bits follow those."""
+        self.turned_of, self.turned_shifts = self.word_of, self.shifts
+        if not rings:
+            return
+        words, shifts, widths, slots = zip(*rings, strict=True)
+        self.ring_words = _indices(words)
+        self.ring_shifts, self.ring_widths, self.ring_slots = _column(shifts), _column(widths), _column(slots)
+        turned = [r.word if r.ring < 0 else layout.words + r.ring for r in rows]
+        self.turned_of = _indices(turned)
+        self.turned_shifts = _column([r.shift if r.ring < 0 else r.slot * r.width for r in rows])
+        self.low_of = _indices([i + len(rings) for i in turned[self.alone :]])
+
+
+class _Row(NamedTuple):
+    """Where one stored coordinate lies; slots and ring tell its ring, 0 and -1 outside of one."""
+
+    slots: int
+    width: int
+    slot: int
+    ring: int
+    head: int
+    position: int
+    word: int
+    shift: int
+
+
+def _rows(layout: Layout) -> tuple[list[_Row], list[tuple[int, int, int, int]]]:
+    """Every stored coordinate, the ones alone first, then by ring length, width, slot; and every ring's (word, shift,
+    width, slots)."""
+    rows: list[_Row] = []
+    rings: list[tuple[int, int, int, int]] = []
+    for h, segments in enumerate(layout.segments):
+        for s in segments:
+            coded = layout.trellis and is_ring(s.width, s.slots)
+            for w in range(s.words):
+                word = layout.first_words[h] + s.first_word + w
+                for slot in range(s.slots):
+                    rows.append(_Row(
+                        s.slots if coded else 0, s.width, slot if coded else 0, len(rings) if coded else -1,
+                        h, s.first + slot * s.words + w, word, s.shift + slot * s.width,
+                    ))  # fmt: skip
+                if coded:
+                    rings.append((word, s.shift, s.width, s.slots))
+    rows.sort(key=lambda r: (r.slots, -r.width, *r[2:6]))
+    return rows, rings
+
+
+def _indices(numbers: ArrayLike) -> mx.array:
+    """As small as they fit: there are many, for every layer."""
+    array = np.asarray(numbers, dtype=np.uint32)
+    return mx.array(array.astype(np.uint16) if array.max(initial=0) < 2**16 else array)
+
+
+def _column(numbers: Sequence[int]) -> mx.array:
+    return mx.array(list(numbers), mx.uint32).reshape(len(numbers), 1)
 
 
 def _count(widths: NDArray[np.int64]) -> list[int]:
@@ -216,6 +303,17 @@ def _levels(width: int) -> Callable[[mx.array], mx.array]:
     @functools.partial(mx.compile, shapeless=True)
     def levels(fields: mx.array) -> mx.array:
         return dequantize(fields & (2**width - 1), width)
+
+    return levels
+
+
+@functools.cache
+def _turned_levels(width: int) -> Callable[[mx.array, mx.array], mx.array]:
+    """The same for the codes of rings, whose lowest bit was turned, and the lowest bits of their neighbours."""
+
+    @functools.partial(mx.compile, shapeless=True)
+    def levels(fields: mx.array, lows: mx.array) -> mx.array:
+        return dequantize_rings(fields & (2**width - 1), lows & 1, width)
 
     return levels
 

@@ -17,6 +17,7 @@ from .bit_allocator import allocate, gaussian_costs
 from .codebook import MAX_BITS, quantize
 from .packing import Layout
 from .participation_ratio import compute_spectral_gap
+from .trellis import quantize_rings
 
 # Dimensions of no variance in calibration still need a finite scale: this share of the largest standard deviation.
 SMALLEST_RELATIVE_DEVIATION = 1e-6
@@ -90,16 +91,17 @@ class SpectralQuantizer:
             widths = allocate(gaussian_costs(eigenvalues), int(widths.sum()))
         matrix = _float64(rotation.rotation_matrix)
         mean = np.zeros(rotation.head_dim) if rotation.mean is None else _float64(rotation.mean)
-        self._set_up([mean], [matrix], [matrix.T], [eigenvalues], [widths])
+        self._set_up([mean], [matrix], [matrix.T], [eigenvalues], [widths], trellis=False)
         self._one_head = True
 
     @classmethod
     def from_transform(
-        cls, mean: ArrayLike, analysis: ArrayLike, eigenvalues: ArrayLike, widths: ArrayLike
+        cls, mean: ArrayLike, analysis: ArrayLike, eigenvalues: ArrayLike, widths: ArrayLike, trellis: bool = True
     ) -> "SpectralQuantizer":
         """A quantizer for any invertible basis: z = analysisT (x - mean) has variances `eigenvalues`.
 
-        mean [D], analysis [D, D] (a coordinate per column), eigenvalues [D], widths [D] in 0..8.
+        mean [D], analysis [D, D] (a coordinate per column), eigenvalues [D], widths [D] in 0..8.  trellis: code
+        neighbours together (trellis.py).
         """
         matrix = np.array(analysis, dtype=np.float64)
         if not np.isfinite(matrix).all() or np.linalg.cond(matrix) > 1e12:
@@ -111,6 +113,7 @@ class SpectralQuantizer:
             [np.asarray(np.linalg.inv(matrix), dtype=np.float64)],
             [np.array(eigenvalues, dtype=np.float64)],
             [np.array(widths, dtype=np.int64)],
+            trellis,
         )
         quantizer._one_head = True
         return quantizer
@@ -121,7 +124,8 @@ class SpectralQuantizer:
         the other along W."""
         heads = [p for q in quantizers for p in q._parameters]
         quantizer = cls.__new__(cls)
-        quantizer._set_up(*map(list, zip(*heads, strict=True)))
+        means, analyses, syntheses, spectra, widths = map(list, zip(*heads, strict=True))
+        quantizer._set_up(means, analyses, syntheses, spectra, widths, quantizers[0].layout.trellis)
         quantizer._one_head = False
         return quantizer
 
@@ -132,9 +136,10 @@ class SpectralQuantizer:
         syntheses: list[NDArray[np.float64]],
         spectra: list[NDArray[np.float64]],
         widths: list[NDArray[np.int64]],
+        trellis: bool,
     ) -> None:
         self._parameters = list(zip(means, analyses, syntheses, spectra, widths, strict=True))
-        self.layout = Layout(np.stack(widths))
+        self.layout = Layout(np.stack(widths), trellis)
         heads, dims, stored = len(means), len(means[0]), self.layout.stored
         analysis, synthesis = np.zeros((heads, dims, stored)), np.zeros((heads, stored, dims))
         for h, order in enumerate(self.layout.order):
@@ -198,7 +203,14 @@ class SpectralQuantizer:
         if not self.layout.words:
             return mx.zeros((*x.shape[:-3], 0, x.shape[-2]), mx.uint32)
         z = ((x.astype(mx.float32) - self.mean) @ self.analysis).swapaxes(-1, -2)
-        return self.layout.pack([quantize(rows, width) for width, rows in self.layout.split(z)])
+        codes = []
+        for group, rows in zip(self.layout.groups, self.layout.split(z), strict=True):
+            if group.slots:
+                rings = mx.unflatten(rows, -2, (group.slots, -1))
+                codes.append(quantize_rings(rings, group.width).flatten(-3, -2))
+            else:
+                codes.append(quantize(rows, group.width))
+        return self.layout.pack(codes)
 
     def decode_levels(self, words: mx.array) -> mx.array:
         """Words [..., W, T] -> coordinates in storage order, unit variance, float32 [..., H, N, T]."""
