@@ -1,5 +1,7 @@
 """What several benchmarks share: the models and texts they run on, other quantizers behind our cache, and KL."""
 
+import dataclasses
+import itertools
 import json
 import math
 import pathlib
@@ -10,6 +12,7 @@ from typing import Any
 import mlx.core as mx
 import mlx_lm
 import numpy as np
+from mlx_lm.models.cache import KVCache, QuantizedKVCache
 
 from vq_kvcache import Codec, SpectralKVCache
 from vq_kvcache.cache import LOSSLESS
@@ -72,6 +75,88 @@ def affine(bits: int, group_size: int = 64) -> Callable[[mx.array], mx.array]:
 def baseline_caches(model: Any, change: Callable[[mx.array], mx.array]) -> list[Any]:
     """Caches of `model` in which every full-attention layer goes through `change`."""
     return [RoundTripKVCache(change) if type(c).__name__ == "KVCache" else c for c in own_caches(model)]
+
+
+class StockKVCache(KVCache):  # type: ignore[misc]  # mlx-lm is untyped
+    """mlx-lm's `--kv-bits` with quantized_kv_start=0, in the arithmetic of mx.quantize and mx.dequantize: the first
+    prompt chunk attends to itself exact, everything later to quantized keys and values, the newest token included."""
+
+    def __init__(self, change: Callable[[mx.array], mx.array]) -> None:
+        super().__init__()
+        self._change = change
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        """Store what the quantizer makes of them."""
+        first = self.offset == 0
+        held = super().update_and_fetch(self._change(keys), self._change(values))
+        return (keys, values) if first else held
+
+
+class NoisyKVCache(RoundTripKVCache):
+    """Keys and values through different changes."""
+
+    def __init__(
+        self, key_change: Callable[[mx.array], mx.array], value_change: Callable[[mx.array], mx.array]
+    ) -> None:
+        super().__init__(key_change)
+        self._value_change = value_change
+
+    def _quantizers(self, keys: mx.array, values: mx.array) -> Any:
+        return RoundTrip(self._change, keys), RoundTrip(self._value_change, values)
+
+
+def stock_difference(tokens: int = 64, bits: int = 4, seed: int = 0) -> float:
+    """Largest difference between StockKVCache and what mlx-lm's QuantizedKVCache holds, after `tokens` tokens."""
+    keys, values = mx.random.normal((2, 1, 2, tokens, 64), key=mx.random.key(seed))
+    ours, theirs = StockKVCache(affine(bits)), QuantizedKVCache(group_size=64, bits=bits)
+    worst = 0.0
+    for start, end in ((0, tokens // 2), (tokens // 2, tokens - 1), (tokens - 1, tokens)):
+        held = ours.update_and_fetch(keys[:, :, start:end], values[:, :, start:end])
+        packed = theirs.update_and_fetch(keys[:, :, start:end], values[:, :, start:end])
+        if start:
+            real = [mx.dequantize(*p, group_size=64, bits=bits) for p in packed]
+            worst = max(worst, *(mx.abs(a - b).max().item() for a, b in zip(held, real, strict=True)))
+    return worst
+
+
+@dataclasses.dataclass
+class Scores:
+    """Of every text and scored position, float32 [texts, positions]; losses lack the last position."""
+
+    kl: np.ndarray
+    agrees: np.ndarray
+    losses: np.ndarray
+
+
+def scores(
+    model: Any, makers: dict[str, Callable[[], list[Any]]], ids: mx.array, prefill: int, step: int, progress: Any
+) -> tuple[dict[str, Scores], dict[str, int]]:
+    """Teacher-forced scores of each kind of cache against full precision, all in lockstep over texts ids [B, T]; and
+    the bytes that each holds at the end."""
+    reference = own_caches(model)
+    held = {name: make() for name, make in makers.items()}
+    rows: dict[str, list[list[np.ndarray]]] = {name: [] for name in makers}
+    edges = [0, *range(prefill, ids.shape[1], step), ids.shape[1]]
+    for start, end in itertools.pairwise(edges):
+        chunk, following = ids[:, start:end], ids[:, start + 1 : end + 1]
+        expected = _log_softmax(model(chunk, cache=reference))
+        mx.eval(expected, [c.state for c in reference])
+        for name, caches in held.items():
+            found = _log_softmax(model(chunk, cache=caches))
+            kl = (mx.exp(expected) * (expected - found)).sum(axis=-1)
+            agrees = expected.argmax(axis=-1) == found.argmax(axis=-1)
+            loss = -mx.take_along_axis(found[:, : following.shape[1]], following[..., None], axis=-1)[..., 0]
+            mx.eval(kl, agrees, loss, [c.state for c in caches])
+            if start:
+                rows[name].append([np.array(a) for a in (kl, agrees, loss)])
+        progress.update(end - start)
+    sizes = {name: sum(c.nbytes for c in caches) // len(ids) for name, caches in held.items()}
+    return {n: Scores(*(np.concatenate(part, axis=1) for part in zip(*r, strict=True))) for n, r in rows.items()}, sizes
+
+
+def _log_softmax(logits: mx.array) -> mx.array:
+    logits = logits.astype(mx.float32)
+    return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
 
 
 def log_probabilities(model: Any, caches: list[Any], ids: list[int], prefill: int) -> np.ndarray:

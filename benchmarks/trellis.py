@@ -2,9 +2,9 @@
 
     python benchmarks/trellis.py
 
-Gaussian numbers, 1 to 5 bits. "rings" are what the cache stores (vq_kvcache/spectral/trellis.py): 4 states, closed in one
-word. `--fit` derives its polynomial coefficients again: Lloyd's iteration, each update a least-squares fit of an odd
-polynomial to the numbers that chose each level.
+Gaussian numbers, 1 to 5 bits. Rings are what the cache stores (vq_kvcache/spectral/trellis.py): 4 states, closed in
+one word. `--fit` derives its polynomial coefficients again, by Lloyd's iteration: each update is a least-squares fit of
+an odd polynomial to the numbers that chose each level.
 """
 
 import argparse

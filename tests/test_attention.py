@@ -22,7 +22,6 @@ FLOAT32_ERROR = 1e-5  # of results in float32 whose values are of size 10: some 
 @pytest.fixture(autouse=True)
 def _small_tiles(monkeypatch):
     monkeypatch.setattr(attention, "TILE_BYTES", 1 << 14)
-    monkeypatch.setattr(attention, "BLOCK_OF_SCORES", 1 << 12)
 
 
 codec_of = functools.cache(random_codec)

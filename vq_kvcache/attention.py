@@ -16,6 +16,7 @@ Mask = mx.array | Literal["causal"] | None
 
 # Temporaries beyond a few MB leave the cache of a CPU, and beyond 32 MB cost it page faults (7-13 times slower).
 TILE_BYTES = 4 << 20
+GPU_TILE_BYTES = 128 << 20  # there, launches cost more
 COPIES = 12  # of a tile's levels that unpacking holds at once: MLX keeps up to ten operations in flight
 LOWEST = -1e30  # stands for minus infinity: finite, so that rows without any visible key stay free of NaN
 
@@ -79,7 +80,7 @@ def _exact_part(snapshot: Snapshot, q: mx.array, visible: "_Visible", running: R
     sinks, packed = snapshot.sinks, snapshot.packed_tokens
     keys, values = snapshot.exact_keys.astype(mx.float32), snapshot.exact_values.astype(mx.float32)
     tokens = keys.shape[2]
-    tile = max(BLOCK_OF_SCORES // max(q.shape[0] * q.shape[1] * q.shape[2], 1), 64)
+    tile = max(_tile_bytes() // 4 // max(q.shape[0] * q.shape[1] * q.shape[2], 1), 64)
     # Sinks and window are apart in the sequence, so a tile never spans both.
     edges = [0, *range(sinks, tokens, tile), tokens] if sinks else [*range(0, tokens, tile), tokens]
     for start, end in itertools.pairwise(edges):
@@ -90,7 +91,8 @@ def _exact_part(snapshot: Snapshot, q: mx.array, visible: "_Visible", running: R
     return running
 
 
-BLOCK_OF_SCORES = TILE_BYTES // 4
+def _tile_bytes() -> int:
+    return GPU_TILE_BYTES if mx.default_device() == mx.gpu else TILE_BYTES
 
 
 def _tile_tokens(snapshot: Snapshot, score_rows: int) -> int:
@@ -98,7 +100,7 @@ def _tile_tokens(snapshot: Snapshot, score_rows: int) -> int:
     per_token = snapshot.exact_keys.shape[0] * snapshot.exact_keys.shape[1] * max(
         snapshot.exact_keys.shape[3], snapshot.exact_values.shape[3]
     )  # fmt: skip
-    return int(max(TILE_BYTES // (4 * max(COPIES * per_token, score_rows)) // 64 * 64, 64))
+    return int(max(_tile_bytes() // (4 * max(COPIES * per_token, score_rows)) // 64 * 64, 64))
 
 
 def _attend_tile(running: Running | None, scores: mx.array, values: mx.array) -> Running:

@@ -11,6 +11,7 @@ import numpy as np
 from mlx_lm.models.cache import KVCache, create_attention_mask
 
 from .attention import attend
+from .drift import Drift, warn_once
 from .spectral.codec import Bits, Codec, CodecError, Plan, as_pair, budget_of, find_codec
 from .spectral.intercept import Handle
 from .spectral.spectral_quant import Quantizer, RawQuantizer
@@ -129,6 +130,8 @@ class SpectralKVCache(KVCache):  # type: ignore[misc]  # mlx-lm is untyped
         """Append keys [B, H, L, Dk] and values [B, H, L, Dv]; return handles on all of them."""
         storage = self._storage_for(keys, values)
         storage.append(keys, values)
+        if storage.due:
+            warn_once(storage.drift, self._plan_name)
         if keys.shape[2] > LAG:  # within a prompt chunk, queries see the chunk itself exact
             snapshot = storage.snapshot()
             storage.seal()
@@ -264,6 +267,12 @@ class SpectralKVCache(KVCache):  # type: ignore[misc]  # mlx-lm is untyped
             cache.keys, cache.values = self._storage.snapshot().decoded()
             cache.offset = self.offset
         return cache
+
+    @property
+    def drift(self) -> Drift | None:
+        """How unlike the calibration text the packed tokens are; None before any, and of exact caches. One warning is
+        given when it is large."""
+        return None if self._storage is None else self._storage.drift.read()
 
     def stats(self) -> dict[str, int]:
         """Tokens and bytes: packed_tokens, exact_tokens, code_bytes, sink_bytes, window_bytes (these three make

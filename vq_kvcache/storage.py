@@ -9,6 +9,7 @@ import mmap
 
 import mlx.core as mx
 
+from .drift import DriftSums
 from .spectral.spectral_quant import Quantizer
 
 BLOCK = 64  # tokens that are packed together
@@ -110,6 +111,7 @@ class Storage:
         self.exact_tokens = 0
         self.held_sinks = 0
         self.chunks: list[Chunk] = []
+        self.drift = DriftSums()
 
     @property
     def packed_tokens(self) -> int:
@@ -145,15 +147,22 @@ class Storage:
         if not self.chunks:
             self.held_sinks = min(self.sinks, self.exact_tokens)
 
+    @property
+    def due(self) -> int:
+        """Tokens that `seal` would pack now."""
+        return tokens_to_seal(self.exact_tokens - self.held_sinks, self.window)
+
     def seal(self) -> None:
         """Pack the oldest exact tokens beyond the window, whole blocks of them."""
-        count = tokens_to_seal(self.exact_tokens - self.held_sinks, self.window)
+        count = self.due
         if count == 0 or self.exact_keys is None or self.exact_values is None:
             return
         s = self.held_sinks
-        key_words = self.key_quantizer.encode_words(self.exact_keys[:, :, s : s + count])
-        value_words = self.value_quantizer.encode_words(self.exact_values[:, :, s : s + count])
-        self._add_words(mx.concatenate([key_words, value_words], axis=1))
+        keys, values = self.exact_keys[:, :, s : s + count], self.exact_values[:, :, s : s + count]
+        words = mx.concatenate(
+            [self.key_quantizer.encode_words(keys), self.value_quantizer.encode_words(values)], axis=1
+        )
+        self._add_words(self.drift.watch(words, keys, values, self.key_quantizer, self.value_quantizer))
         room = self._room(self.exact_tokens - count, self.exact_keys, self.exact_values)
         self.exact_keys = _without(self.exact_keys, s, count, self.exact_tokens, room)
         self.exact_values = _without(self.exact_values, s, count, self.exact_tokens, room)
@@ -221,6 +230,7 @@ class Storage:
         twin = Storage(self.key_quantizer, self.value_quantizer, self.window, self.sinks)
         twin.exact_keys, twin.exact_values = self.exact_keys, self.exact_values
         twin.exact_tokens, twin.held_sinks = self.exact_tokens, self.held_sinks
+        twin.drift = dataclasses.replace(self.drift)
         twin.chunks = [dataclasses.replace(chunk) for chunk in self.chunks]
         return twin
 

@@ -26,8 +26,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from .bit_allocator import allocate
-from .codebook import MAX_BITS, dequantize
-from .trellis import dequantize_rings, is_ring, turn_rings
+from .codebook import MAX_BITS, dequantize, levels
+from .trellis import dequantize_rings, is_ring, ring_levels, turn_rings
 
 WORD_BITS = 32
 # Codes of the first widths leave the most bits of a word over when alone, so they choose their company first.
@@ -118,6 +118,14 @@ class Layout:
     def heads(self) -> int:
         """H."""
         return len(self.order)
+
+    def outermost_levels(self, head: int) -> list[float]:
+        """The largest level of each stored coordinate of a head."""
+        tops = []
+        for s in self.segments[head]:
+            rings = self.trellis and is_ring(s.width, s.slots)
+            tops += [float((ring_levels if rings else levels)(s.width)[-1])] * s.count
+        return tops
 
     @property
     def padding_bits(self) -> int:
@@ -301,10 +309,10 @@ def _levels(width: int) -> Callable[[mx.array], mx.array]:
 
     # Shapeless, or every context length would be traced anew, and its trace kept.
     @functools.partial(mx.compile, shapeless=True)
-    def levels(fields: mx.array) -> mx.array:
+    def decode(fields: mx.array) -> mx.array:
         return dequantize(fields & (2**width - 1), width)
 
-    return levels
+    return decode
 
 
 @functools.cache
@@ -312,10 +320,10 @@ def _turned_levels(width: int) -> Callable[[mx.array, mx.array], mx.array]:
     """The same for the codes of rings, whose lowest bit was turned, and the lowest bits of their neighbours."""
 
     @functools.partial(mx.compile, shapeless=True)
-    def levels(fields: mx.array, lows: mx.array) -> mx.array:
+    def decode(fields: mx.array, lows: mx.array) -> mx.array:
         return dequantize_rings(fields & (2**width - 1), lows & 1, width)
 
-    return levels
+    return decode
 
 
 def pack_reference(codes: Sequence[Sequence[int]], layout: Layout) -> NDArray[np.uint32]:

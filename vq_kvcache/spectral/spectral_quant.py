@@ -7,6 +7,7 @@ no scale is stored with a vector.
 """
 
 import dataclasses
+import math
 from collections.abc import Sequence
 
 import mlx.core as mx
@@ -19,6 +20,7 @@ from .packing import Layout
 from .participation_ratio import compute_spectral_gap
 from .trellis import quantize_rings
 
+DROPPED_WATCHED = 8  # of each head's dimensions without bits, those of most variance: nearly all that is dropped
 # Dimensions of no variance in calibration still need a finite scale: this share of the largest standard deviation.
 SMALLEST_RELATIVE_DEVIATION = 1e-6
 
@@ -151,6 +153,39 @@ class SpectralQuantizer:
         self.analysis = mx.array(analysis.astype(np.float32))
         self.synthesis = mx.array(synthesis.astype(np.float32))
         mx.eval(self.mean, self.analysis, self.synthesis)
+        self._watch(analyses, spectra, widths)
+
+    def _watch(
+        self, analyses: list[NDArray[np.float64]], spectra: list[NDArray[np.float64]], widths: list[NDArray[np.int64]]
+    ) -> None:
+        """What `drift` compares with: outermost levels, and the dropped dimensions of most variance."""
+        heads, dims = len(analyses), len(widths[0])
+        outermost = np.full((heads, 1, self.layout.stored), np.inf)
+        dropped = np.zeros((heads, dims, DROPPED_WATCHED))
+        energy = 0.0
+        for h, (analysis, spectrum, bits) in enumerate(zip(analyses, spectra, widths, strict=True)):
+            tops = self.layout.outermost_levels(h)
+            outermost[h, 0, : len(tops)] = tops
+            worst = np.flatnonzero(bits == 0)
+            worst = worst[np.argsort(-spectrum[worst], kind="stable")][:DROPPED_WATCHED]
+            dropped[h, :, : len(worst)] = analysis[:, worst]
+            energy += float(spectrum[worst].sum())
+        self._outermost = mx.array(outermost.astype(np.float32))
+        # Of a Gaussian, per token and over all heads.
+        self._beyond = float(sum(math.erfc(t / math.sqrt(2)) for t in outermost[np.isfinite(outermost)]))
+        self._dropped = mx.array((dropped / math.sqrt(max(energy, 1e-30))).astype(np.float32))
+        mx.eval(self._outermost, self._dropped)
+
+    def drift(self, x: mx.array) -> mx.array:
+        """Vectors [B, H, T, D] -> float32 [2], each about B * T for text like the calibration's, more for other text.
+
+        Coordinates beyond their outermost level, against a Gaussian's; energy in dimensions without bits, against the
+        calibration's.
+        """
+        centred = x.astype(mx.float32) - self.mean
+        beyond = (mx.abs(centred @ self.analysis) > self._outermost).sum() / max(self._beyond, 1e-30)
+        dropped = ((centred @ self._dropped) ** 2).sum()
+        return mx.stack([beyond.astype(mx.float32), dropped])
 
     @property
     def widths(self) -> list[int] | list[list[int]]:
@@ -176,7 +211,8 @@ class SpectralQuantizer:
     @property
     def nbytes(self) -> int:
         """Bytes of the transform's own arrays, index tables included."""
-        return self.mean.nbytes + self.analysis.nbytes + self.synthesis.nbytes + self.layout.nbytes
+        arrays = self.mean, self.analysis, self.synthesis, self._outermost, self._dropped
+        return sum(a.nbytes for a in arrays) + self.layout.nbytes
 
     def encode(self, keys: mx.array) -> EncodedVector:
         """Vectors [..., D] of any float type -> packed codes. A stacked quantizer takes [..., H, T, D]."""

@@ -30,14 +30,14 @@ COEFFICIENTS: dict[int, tuple[float, ...]] = {
     5: (2.118741, -0.415552, 2.027044),
 }
 RING_BITS = max(COEFFICIENTS)
-RING_SLOTS = 5  # shorter rings do worse than codes that stand alone
+SHORTEST_RING = {1: 8, 2: 5, 3: 5, 4: 5, 5: 5}  # shorter ones do no better than codes that stand alone
 STATES = 4
 TILE_NUMBERS = 1 << 17  # encoded at once: what their candidates take stays in tens of MB
 
 
 def is_ring(width: int, slots: int) -> bool:
     """Whether `slots` codes of one width in a word are coded together."""
-    return 0 < width <= RING_BITS and slots >= RING_SLOTS
+    return width in SHORTEST_RING and slots >= SHORTEST_RING[width]
 
 
 def ring_length(width: int) -> int:

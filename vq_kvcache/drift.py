@@ -1,0 +1,80 @@
+"""Is the text like the calibration's? Statistics of the vectors that a cache packs, gathered while it packs them."""
+
+import dataclasses
+import warnings
+
+import mlx.core as mx
+import numpy as np
+
+from .spectral.spectral_quant import Quantizer, RawQuantizer
+
+STRIDE = 4  # every fourth token is looked at
+LIMIT = 1.5  # times the calibration's; calibration-like text of another source stays below 1.3 in every layer
+LEAST_TOKENS = 512
+
+
+@dataclasses.dataclass(frozen=True)
+class Drift:
+    """How unlike the calibration text the packed tokens of one layer are; 1.0 is alike.
+
+    tokens: how many were looked at.  overload: share of coordinates beyond their outermost level, against a Gaussian's.
+    dropped: energy in the dimensions that get no bits, against calibration's. Each the larger of keys' and values'.
+    """
+
+    tokens: int
+    overload: float
+    dropped: float
+
+    @property
+    def is_large(self) -> bool:
+        """Whether the codec serves this text badly."""
+        return self.tokens >= LEAST_TOKENS // STRIDE and max(self.overload, self.dropped) > LIMIT
+
+
+@dataclasses.dataclass
+class DriftSums:
+    """Running sums of `SpectralQuantizer.drift` of keys and values, [2, 2], over `tokens` vectors; None before any."""
+
+    sums: mx.array | None = None
+    tokens: int = 0
+
+    def watch(
+        self, words: mx.array, keys: mx.array, values: mx.array, key_quantizer: Quantizer, value_quantizer: Quantizer
+    ) -> mx.array:
+        """Add the vectors that became `words`; returns the words, whose evaluation now brings the sums' with it."""
+        if isinstance(key_quantizer, RawQuantizer) and isinstance(value_quantizer, RawQuantizer):
+            return words
+        seen = [
+            mx.zeros(2) if isinstance(q, RawQuantizer) else q.drift(x[:, :, ::STRIDE])
+            for q, x in ((key_quantizer, keys), (value_quantizer, values))
+        ]
+        self.tokens += keys.shape[0] * -(-keys.shape[2] // STRIDE)
+        self.sums = mx.stack(seen) if self.sums is None else self.sums + mx.stack(seen)
+        result: mx.array = mx.depends([words], [self.sums])[0]
+        return result
+
+    def read(self) -> Drift | None:
+        """The statistics so far; None before any."""
+        if self.sums is None:
+            return None
+        overload, dropped = np.array(self.sums).max(axis=0) / self.tokens
+        return Drift(self.tokens, float(overload), float(dropped))
+
+
+_warned: set[str] = set()
+
+
+def warn_once(sums: DriftSums, plan_name: str) -> None:
+    """One warning per codec setting and process. Reads sums that were evaluated with the words of an earlier seal."""
+    if plan_name in _warned or sums.tokens * STRIDE < LEAST_TOKENS:
+        return
+    drift = sums.read()
+    if drift is None or not drift.is_large:
+        return
+    _warned.add(plan_name)
+    warnings.warn(
+        f"this text is unlike the codec's calibration text ({drift.overload:.1f} times as many coordinates beyond the "
+        f"outermost level, {drift.dropped:.1f} times the energy in dropped dimensions); calibrate on text like it "
+        "(calibrate_codec(texts=...)) or use more bits_per_value.",
+        stacklevel=2,
+    )
