@@ -38,7 +38,7 @@ def attend(
     visible) or additive. sinks: a logit [Hq] of every query that takes weight and gives nothing (attention sinks).
     """
     if not snapshot.packed:
-        keys, values = snapshot.exact_keys, snapshot.exact_values
+        keys, values = snapshot.decoded()
         return original_attention()(queries, keys, values, scale=scale, mask=mask, sinks=sinks)
     batch, query_heads, length, dims = queries.shape
     heads = snapshot.exact_keys.shape[1]
@@ -60,7 +60,7 @@ Running = tuple[mx.array, mx.array, mx.array]
 def _packed_part(snapshot: Snapshot, q: mx.array, visible: "_Visible") -> Running:
     folded, constant = snapshot.key_quantizer.fold_queries(q)
     running: Running | None = None
-    tokens, first = snapshot.packed_tokens, snapshot.sinks
+    tokens, first = snapshot.packed_tokens, snapshot.layout.held_sinks[0]
     tile = _tile_tokens(snapshot, q.shape[0] * q.shape[1] * q.shape[2])
     for start in range(0, tokens, tile):
         end = min(start + tile, tokens)
@@ -77,17 +77,16 @@ def _packed_part(snapshot: Snapshot, q: mx.array, visible: "_Visible") -> Runnin
 
 
 def _exact_part(snapshot: Snapshot, q: mx.array, visible: "_Visible", running: Running) -> Running:
-    sinks, packed = snapshot.sinks, snapshot.packed_tokens
-    keys, values = snapshot.exact_keys.astype(mx.float32), snapshot.exact_values.astype(mx.float32)
-    tokens = keys.shape[2]
+    sinks, packed, end = snapshot.layout.held_sinks[0], snapshot.packed_tokens, snapshot.layout.window_end
     tile = max(_tile_bytes() // 4 // max(q.shape[0] * q.shape[1] * q.shape[2], 1), 64)
     # Sinks and window are apart in the sequence, so a tile never spans both.
-    edges = [0, *range(sinks, tokens, tile), tokens] if sinks else [*range(0, tokens, tile), tokens]
-    for start, end in itertools.pairwise(edges):
-        shift = 0 if start < sinks else packed
-        scores = mx.depends([q], [running[2]])[0] @ keys[:, :, start:end].swapaxes(-1, -2)
-        scores = visible.hide(scores, start + shift, end + shift)
-        running = _attend_tile(running, scores, values[:, :, start:end])
+    edges = [0, *range(sinks, end, tile), end] if sinks else [*range(0, end, tile), end]
+    for a, b in itertools.pairwise(edges):
+        shift = 0 if a < sinks else packed
+        keys = snapshot.exact_keys[:, :, a:b].astype(mx.float32)
+        scores = mx.depends([q], [running[2]])[0] @ keys.swapaxes(-1, -2)
+        scores = visible.hide(scores, a + shift, b + shift)
+        running = _attend_tile(running, scores, snapshot.exact_values[:, :, a:b].astype(mx.float32))
     return running
 
 

@@ -11,11 +11,12 @@ import numpy as np
 from mlx_lm.models.cache import KVCache, create_attention_mask
 
 from .attention import attend
+from .chunks import Chunk, Chunks
 from .drift import Drift, warn_once
 from .spectral.codec import Bits, Codec, CodecError, Plan, as_pair, budget_of, find_codec
 from .spectral.intercept import Handle
 from .spectral.spectral_quant import Quantizer, RawQuantizer
-from .storage import BLOCK, LAG, Chunk, Snapshot, Storage
+from .storage import BLOCK, LAG, Snapshot, Storage
 
 LOSSLESS = Plan("lossless", "", {})
 # mlx-lm before 0.32 saves the arrays of a state only, and has `meta_state`; later ones save scalars and strings too.
@@ -366,14 +367,14 @@ class SpectralKVCache(KVCache):  # type: ignore[misc]  # mlx-lm is untyped
         storage = Storage(*self._quantizers(arrays[0], arrays[1]), self._window, self._sinks)
         storage.exact_keys, storage.exact_values = arrays[:2]
         storage.exact_tokens, storage.held_sinks = held["exact_tokens"], held["held_sinks"]
-        storage.chunks = [Chunk(words, n) for words, n in zip(arrays[2:], tokens, strict=True)]
+        storage.codes = Chunks([Chunk(words, n) for words, n in zip(arrays[2:], tokens, strict=True)])
         storage.check()
         self._storage = storage
 
 
 def _handles(snapshot: Snapshot) -> tuple[mx.array, mx.array]:
-    if not snapshot.packed:
-        return snapshot.exact_keys, snapshot.exact_values
-    view = _View(snapshot)
     keys, values = snapshot.decoded()
+    if not snapshot.packed:
+        return keys, values
+    view = _View(snapshot)
     return Handle(keys, view, "keys"), Handle(values, view, "values")
