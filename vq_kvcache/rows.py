@@ -42,6 +42,26 @@ class Rows:
         counts = zip(self.held_sinks, self.window_start, ends, self.packed_tokens, strict=True)
         return mx.array(list(counts), mx.int32).reshape(-1, 4)
 
+    @functools.cached_property
+    def tokens(self) -> mx.array:
+        """The lengths, int32 [B]."""
+        return mx.array(self.lengths, mx.int32)
+
+    def column(self, index: int) -> mx.array:
+        """One of the four counts of `array`, int32 [B, 1]."""
+        return self.array[:, index : index + 1]
+
+    def order(self, first: tuple[int, ...], total: int) -> mx.array:
+        """Where `total` columns are to be taken from, int32 [B, total], such that token j of row b comes to column
+        first[b] + j: indices into sinks | packed | window side by side, each as wide as its widest row."""
+        sinks, packed = max(self.held_sinks), max(self.packed_tokens)
+        held, start, codes = self.column(0), self.column(1), self.column(3)
+        token = mx.arange(total)[None] - mx.array(first, mx.int32)[:, None]
+        in_codes, in_window = token - held, token - held - codes
+        place = mx.where(in_window < 0, in_codes + sinks, in_window + start - min(self.window_start) + sinks + packed)
+        place = mx.where(in_codes < 0, token, place)
+        return mx.clip(place, 0, sinks + packed + self.window_end - min(self.window_start) - 1)
+
 
 @functools.lru_cache(maxsize=64)
 def rows_of(

@@ -61,22 +61,32 @@ class Snapshot:
         words, split = words_between(self.packed, start, end), self.key_quantizer.words
         return words[:, :split], words[:, split:]
 
-    def decoded(self) -> tuple[mx.array, mx.array]:
-        """All keys and all values, [B, H, T, D] in the model's dtype and the order of the sequence, as a lazy graph."""
-        sinks, end = self.layout.held_sinks[0], self.layout.window_end
-        exact = [_sliced(x, 0, end) for x in (self.exact_keys, self.exact_values)]
-        if not self.packed:
-            return exact[0], exact[1]
-        quantizers = self.key_quantizer, self.value_quantizer
-        middles = [
-            q.decode_words(words, x.dtype)
-            for q, words, x in zip(quantizers, self.words(0, self.packed_tokens), exact, strict=True)
-        ]
-        keys, values = (
-            mx.concatenate([x[:, :, :sinks], middle, x[:, :, sinks:]], axis=2)
-            for x, middle in zip(exact, middles, strict=True)
-        )
-        return keys, values
+    def decoded(self, first: tuple[int, ...] | None = None, total: int | None = None) -> tuple[mx.array, mx.array]:
+        """All keys and all values, [B, H, T, D] in the model's dtype and the order of the sequence, as a lazy graph.
+
+        Token j of row b is in column j, or in first[b] + j of `total`; the columns of no token hold any numbers.
+        """
+        layout = self.layout
+        first = first or (0,) * len(layout.lengths)
+        total = layout.length if total is None else total
+        order = None if layout.alike and not any(first) and total == layout.length else layout.order(first, total)
+        words = self.words(0, self.packed_tokens) if self.packed else (None, None)
+        keys = self._in_order(self.exact_keys, self.key_quantizer, words[0], order)
+        return keys, self._in_order(self.exact_values, self.value_quantizer, words[1], order)
+
+    def _in_order(
+        self, exact: mx.array, quantizer: Quantizer, words: mx.array | None, order: mx.array | None
+    ) -> mx.array:
+        sinks, start, end = max(self.layout.held_sinks), min(self.layout.window_start), self.layout.window_end
+        if order is not None and not self.length:
+            return mx.zeros((*exact.shape[:2], order.shape[1], exact.shape[3]), exact.dtype)
+        if words is None and sinks == start:
+            parts = [exact if end == exact.shape[2] else exact[:, :, :end]]
+        else:
+            middle = [] if words is None else [quantizer.decode_words(words, exact.dtype)]
+            parts = [exact[:, :, :sinks], *middle, exact[:, :, start:end]]
+        result = parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=2)
+        return result if order is None else mx.take_along_axis(result, order[:, None, :, None], axis=2)
 
 
 class Storage:
@@ -210,10 +220,6 @@ class Storage:
         twin.drift = dataclasses.replace(self.drift)
         twin.codes = self.codes.copy()
         return twin
-
-
-def _sliced(x: mx.array, start: int, end: int) -> mx.array:
-    return x if (start, end) == (0, x.shape[2]) else x[:, :, start:end]
 
 
 def _resized(held: mx.array | None, tokens: int, room: int, like: mx.array) -> mx.array:
