@@ -56,7 +56,7 @@ def pytest_configure(config):
 
 
 def pytest_runtest_logreport(report):
-    name = report.nodeid
+    name = report.nodeid.removeprefix("tests/")
     if context := getattr(report, "context", None):
         name += f" [{context.msg or ''} {' '.join(f'{k}={v}' for k, v in context.kwargs.items())}]"
     if report.failed:
