@@ -58,6 +58,11 @@ def scripted_calls(kind):
         yield
 
 
+class _Listener(ThreadingHTTPServer):
+    daemon_threads = True
+    request_queue_size = 128  # connections that wait; the standard library's 5 are refused under many clients
+
+
 class LocalServer:
     """A running server. As a context it stops at the end; `hook` is what `vq_kvcache.install` takes, or None."""
 
@@ -84,8 +89,7 @@ class LocalServer:
         def handler(*args, **kwargs):
             return server.APIHandler(self.generator, *args, system_fingerprint="test", **kwargs)
 
-        self._http = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-        self._http.daemon_threads = True
+        self._http = _Listener(("127.0.0.1", 0), handler)
         self._thread = threading.Thread(target=self._http.serve_forever, daemon=True)
         self._thread.start()
         self.url = f"http://127.0.0.1:{self._http.server_address[1]}/v1"
