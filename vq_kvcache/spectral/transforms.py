@@ -79,16 +79,31 @@ def _measure_costs(unit: mx.array) -> tuple[NDArray[np.float64], NDArray[np.floa
         alone[..., bits] = np.take_along_axis(table, best[None], axis=0)[0]
         if bits <= RING_BITS:
             few = _thinned(unit, RING_VECTORS)
-            table = np.array(mx.stack([_error(_rounded_in_rings(few / s, bits), few / s) * s**2 for s in STRETCHES]))
-            best = table.argmin(axis=0)
-        costs[..., bits] = np.take_along_axis(table, best[None], axis=0)[0]
-        stretch[..., bits] = np.array(STRETCHES)[best]
+            # Rings have levels further out, so they need as much room as codes that stand alone, or one step less.
+            tried = np.array(STRETCHES)[np.stack([best, np.maximum(best - 1, 0)])]
+            spread = [mx.array(s.astype(np.float32))[:, None] for s in tried]
+            table = np.array(mx.stack([_error(_rounded_in_rings(few / s, bits) * s, few) for s in spread]))
+            at = table.argmin(axis=0)[None]
+        else:
+            tried, at = np.broadcast_to(np.array(STRETCHES)[:, None, None], table.shape), best[None]
+        costs[..., bits] = np.take_along_axis(table, at, axis=0)[0]
+        stretch[..., bits] = np.take_along_axis(tried, at, axis=0)[0]
     return alone, costs, stretch
 
 
 def rounded(unit: mx.array, bits: int) -> mx.array:
     """Numbers to their nearest levels."""
     return dequantize(quantize(unit, bits), bits) if bits else mx.zeros_like(unit)
+
+
+def coarsened(transforms: Transforms, x: mx.array, bits: int) -> mx.array:
+    """Vectors [B, H, T, D] with every coordinate at `bits` bits, alone."""
+    deviation = _deviations(transforms.eigenvalues.astype(np.float64)) * transforms.stretch[..., bits]
+    analysis = mx.array((transforms.analysis / deviation[:, None]).astype(np.float32))
+    synthesis = np.linalg.inv(transforms.analysis.astype(np.float64)) * deviation[..., None]
+    mean = mx.array(transforms.mean)[:, None]
+    unit = rounded((x.astype(mx.float32) - mean) @ analysis, bits)
+    return unit @ mx.array(synthesis.astype(np.float32)) + mean
 
 
 def _rounded_in_rings(unit: mx.array, bits: int) -> mx.array:
