@@ -30,7 +30,6 @@ PREFILL = 256
 STEPS = {"decode": 16, "prefill": 256}
 DOMAINS = ("drama", "encyclopaedia", "factbook", "prose", "python")
 DOCUMENTED = {"documented 4/1": (4, 1, False), "documented filled": (4, 3, True)}
-BOUND_BITS = (0.5, 0.75, 1, 1.5, 2, 2.5, 3)
 AT_ONCE = 4  # methods that share one run of full precision
 Makers = dict[str, tuple[Callable[[], list[Any]], float]]
 
@@ -57,7 +56,7 @@ def methods(
         table[f"mlx as shipped {b}"] = (lambda c=change: _stock(model, c)), b + 32 / 64
     for b in bits if scalar else []:
         table[f"scalar {b:g}"] = (lambda b=b: measure.scalar_caches(model, scalar, b)), 0.0
-    for b in BOUND_BITS:
+    for b in bound.BITS:
         table[f"bound {b:g}"] = bound.caches_of(model, codec, b), b
     if not only or any(name.startswith("documented") for name in only):
         rotations = measure.documented_rotations(model, tokenizer)

@@ -14,14 +14,15 @@ from tqdm import tqdm
 
 from . import codec as codecs
 from .calibration_text import Placed, calibration_sequences, context_of, place
-from .codec import Codec
-from .fisher import Setting, Statistics, each, gather, probe
+from .codec import Codec, Transforms
+from .fisher import LayerFisher, Setting, Statistics, each, gather, probe
 from .forward_only import Layers, in_nats, run_observed, variance_layers
 from .intercept import require_layers
 from .memory_budget import default_budget, fit
 from .moments import Moments
 from .partial import Partial
 from .rotation_files import RotationFileError, load_cached_rotations, save_rotations
+from .shrinkage import Shrinkage, choose, shrunk
 from .spectral_quant import SpectralRotation
 from .transforms import eigen, fisher_transforms
 
@@ -153,23 +154,23 @@ def _fisher(
 
         gather(model, sequences, setting, statistics, done, report)
     require_layers(statistics)
-    layers = _measured(statistics, room.at_once)
+    strength = choose((seen for pair in statistics.values() for seen in pair), len(sequences))
+    layers = _measured(statistics, strength, len(sequences), room.at_once)
     partial.remove()
-    return layers, _told("fisher", sequences, room.sequence_length)
+    return layers, _told("fisher", sequences, room.sequence_length) | {"shrinkage": strength._asdict()}
 
 
-def _measured(statistics: Statistics, at_once: int) -> Layers:
+def _measured(statistics: Statistics, strength: Shrinkage, sequences: int, at_once: int) -> Layers:
     """Transforms and costs of each layer, keys and values beside each other where there are cores."""
-    layers: Layers = {}
-    with tqdm(total=2 * len(statistics), desc="measuring", unit="part") as progress:
-        parts = [seen for pair in statistics.values() for seen in pair]
-        found = []
-        for made in each(lambda seen: fisher_transforms(seen.vectors, seen.metric, seen.kept), parts, at_once):
-            progress.update()
-            found.append(made)
-    for i, layer in enumerate(statistics):
-        layers[layer] = found[2 * i], found[2 * i + 1]
-    return layers
+
+    def measured(seen: LayerFisher) -> Transforms:
+        metric = shrunk(seen.metric, strength.metric, sequences)
+        covariance = shrunk(seen.vectors.covariance, strength.covariance, sequences)
+        return fisher_transforms(seen.vectors, metric, seen.kept, covariance)
+
+    parts = [seen for pair in statistics.values() for seen in pair]
+    found = list(tqdm(each(measured, parts, at_once), total=len(parts), desc="measuring", unit="part"))
+    return {layer: (found[2 * i], found[2 * i + 1]) for i, layer in enumerate(statistics)}
 
 
 def _variance(model: Any, sequences: list[mx.array], window: int, sinks: int) -> tuple[Layers, dict[str, Any]]:
