@@ -28,9 +28,11 @@ def source_of(launch):
     for i, (name, dtype) in enumerate(zip(launch.body.outputs, launch.output_dtypes, strict=True)):
         lines.append(f"  {TYPES[dtype]}* {name} = ({TYPES[dtype]}*)out[{i}];")
     for name, value in launch.template:
-        lines.append(f"  using {name} = {TYPES[value]};" if isinstance(value, mx.Dtype) else f"  constexpr int {name} = {value};")
+        lines.append(
+            f"  using {name} = {TYPES[value]};" if isinstance(value, mx.Dtype) else f"  constexpr int {name} = {value};"
+        )
     lines += [
-        "  const int* groups = (const int*)in[%d];" % len(launch.inputs),
+        f"  const int* groups = (const int*)in[{len(launch.inputs)}];",
         "  for (int vq_z = 0; vq_z < groups[2]; ++vq_z)",
         "    for (int vq_y = 0; vq_y < groups[1]; ++vq_y)",
         "      for (int vq_x = 0; vq_x < groups[0]; ++vq_x) {",

@@ -67,15 +67,13 @@ ENCODE = Body(
     "encode",
     ("z", "table", "levels", "params"),
     ("words",),
-    "(void)vq_shared, (void)vq_z;\n"
-    "vq_encode(z, table, levels, params, words, vq_x * THREADS + vq_thread, vq_y);\n",
+    "(void)vq_shared, (void)vq_z;\nvq_encode(z, table, levels, params, words, vq_x * THREADS + vq_thread, vq_y);\n",
 )
 DECODE = Body(
     "decode",
     (*CHUNK_NAMES, "table", "levels", "params"),
     ("result",),
-    "(void)vq_shared;\n"
-    "vq_decode<E>(VQ_CHUNK_NAMES, table, levels, params, result, vq_x, vq_y, vq_z, vq_thread);\n",
+    "(void)vq_shared;\nvq_decode<E>(VQ_CHUNK_NAMES, table, levels, params, result, vq_x, vq_y, vq_z, vq_thread);\n",
 )
 
 
@@ -122,7 +120,7 @@ def _kernel(body: Body, place: str, shared: int) -> Any:
     header = text(f"{place}.h", *TEXTS)
     source = PROLOGUES[place] + body.call
     name = f"vq_{body.name}_{hashlib.sha256((header + source).encode()).hexdigest()[:12]}"
-    names = {"input_names": list(body.inputs), "output_names": list(body.outputs)}
+    names: dict[str, Any] = {"input_names": list(body.inputs), "output_names": list(body.outputs)}
     if place == "metal":
         return mx.fast.metal_kernel(name=name, **names, source=source, header=header)
     # The name tells variants apart, and so must their shared memory.

@@ -1,7 +1,7 @@
 """What each kernel is launched with: the tables of a layer, the numbers of a step, and how work is split."""
 
 import functools
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import numpy as np
@@ -9,15 +9,18 @@ import numpy as np
 from ..rows import Rows
 from ..spectral import codebook, trellis
 from ..spectral.packing import Layout
-from ..spectral.spectral_quant import SpectralQuantizer
-from ..storage import Snapshot
-from . import ATTEND, DECODE, ENCODE, MERGE, Launch
+from ..spectral.spectral_quant import Quantizer, SpectralQuantizer
+from . import ATTEND, DECODE, ENCODE, MERGE, Launch, backend, run
+
+if TYPE_CHECKING:
+    from ..storage import Snapshot
 
 TOKENS = 64  # of a tile, VQ_TOKENS
 QUERIES = 16  # of a thread group
 HEAD_DIMS = (64, 80, 96, 112, 128, 192, 256)
 MASK_KINDS = {"none": 0, "causal": 1, "bool": 2, "added": 3}
-EXACT_THREADS_MOST = 1024
+MOST_QUERIES = 16  # tokens at once that `attend` takes; prompts go another way
+METAL_SHARED_BYTES = 32768
 MERGE_THREADS = 128
 ENCODE_THREADS = 128
 _COEFFICIENTS = 8
@@ -104,7 +107,7 @@ def _nothing(dtype: mx.Dtype) -> mx.array:
     return _evaluated(mx.zeros(8, dtype))
 
 
-def _chunk_inputs(snapshot: Snapshot) -> tuple[list[mx.array], list[int], int]:
+def _chunk_inputs(snapshot: "Snapshot") -> tuple[list[mx.array], list[int], int]:
     """The word buffers, eight of them, (tokens, capacity) of each, and tiles in all."""
     words = [w if w.shape[-1] % 2 == 0 else mx.pad(w, [(0, 0), (0, 0), (0, 1)]) for w, _ in snapshot.packed]
     counts = [n for (_, tokens), w in zip(snapshot.packed, words, strict=True) for n in (tokens, w.shape[-1])]
@@ -122,13 +125,13 @@ def _mask_inputs(mask: Any, head_count: int) -> tuple[int, tuple[int, int, int, 
     for size in reversed(wide.shape):
         steps.append(step if size > 1 else 0)
         step *= size
-    b, h, l, t = reversed(steps)
+    strides = (steps[3], steps[2], steps[1], steps[0])
     flat = wide.reshape(-1)
     if flat.size < 8:
         flat = mx.concatenate([flat, mx.zeros(8, flat.dtype)])
     if mask.dtype == mx.bool_:
-        return MASK_KINDS["bool"], (b, h, l, t), flat.view(mx.uint8), added
-    return MASK_KINDS["added"], (b, h, l, t), hidden, flat.astype(mx.float32)
+        return MASK_KINDS["bool"], strides, flat.view(mx.uint8), added
+    return MASK_KINDS["added"], strides, hidden, flat.astype(mx.float32)
 
 
 def tile_rows(dims: int, element: int, place: str) -> int:
@@ -155,8 +158,12 @@ def warps_of(key_dims: int, value_dims: int, element: int, place: str) -> int:
         return 1
     rows, scratch = max(key_dims, value_dims), 1024 if element == 4 else 0
     fits = [w for w in range(1, 7) if shared_bytes(key_dims, value_dims, rows, element, w, scratch) <= 115_600]
-    return max(fits) if fits and max(fits) >= 4 else next(
-        w for w in range(6, 0, -1) if shared_bytes(key_dims, value_dims, rows, element, w, scratch) <= 231_000
+    return (
+        max(fits)
+        if fits and max(fits) >= 4
+        else next(
+            w for w in range(6, 0, -1) if shared_bytes(key_dims, value_dims, rows, element, w, scratch) <= 231_000
+        )
     )
 
 
@@ -164,10 +171,10 @@ GROUPS = {"cuda": 264, "metal": 320, "host": 24}  # that fill a GPU: two on each
 
 
 def attend(
-    snapshot: Snapshot, queries: mx.array, scale: float, mask: Any, sinks: mx.array | None, place: str
+    snapshot: "Snapshot", queries: mx.array, scale: float, mask: Any, sinks: mx.array | None, place: str
 ) -> tuple[Launch, "tuple[Any, ...]"]:
     """The launch of attend.h, and what `merge` needs besides its outputs."""
-    keys, values = snapshot.key_quantizer, snapshot.value_quantizer
+    keys, values = _spectral(snapshot)
     batch, query_heads, length, key_dims = queries.shape
     heads, value_dims = snapshot.exact_keys.shape[1], snapshot.exact_values.shape[3]
     group, planes = query_heads // heads, batch * heads
@@ -243,14 +250,16 @@ def encode(quantizer: SpectralQuantizer, x: mx.array) -> Launch:
     )
 
 
-def decode(snapshot: Snapshot, part: int, first_head: int, heads: int, dtype: mx.Dtype) -> Launch:
+def decode(snapshot: "Snapshot", part: int, first_head: int, heads: int, dtype: mx.Dtype) -> Launch:
     """The launch of decode.h: levels [B, heads, dims, tokens, to an even number] of keys (0) or values (1)."""
-    keys, values = snapshot.key_quantizer, snapshot.value_quantizer
+    keys, values = _spectral(snapshot)
     words, counts, tiles = _chunk_inputs(snapshot)
     tokens, all_heads = snapshot.packed_tokens, keys.layout.heads
     dims = (keys, values)[part].layout.stored
     stride = tokens + tokens % 2
-    params = _ints((heads, first_head, 16 + part * all_heads * 4, tokens, stride, len(snapshot.packed), dims, 0, *counts))
+    params = _ints(
+        (heads, first_head, 16 + part * all_heads * 4, tokens, stride, len(snapshot.packed), dims, 0, *counts)
+    )
     batch = snapshot.exact_keys.shape[0]
     return Launch(
         DECODE,
@@ -262,3 +271,51 @@ def decode(snapshot: Snapshot, part: int, first_head: int, heads: int, dtype: mx
         0,
         (("E", dtype),),
     )
+
+
+def encode_words(quantizer: Quantizer, x: mx.array) -> mx.array:
+    """Vectors [B, H, T, D] -> words uint32 [B, W, T], by the kernel where there is one."""
+    place = backend()
+    if place == "ops" or not isinstance(quantizer, SpectralQuantizer) or not quantizer.words:
+        return quantizer.encode_words(x)
+    return run(encode(quantizer, x), place)[0]
+
+
+def _spectral(snapshot: "Snapshot") -> tuple[SpectralQuantizer, SpectralQuantizer]:
+    keys, values = snapshot.key_quantizer, snapshot.value_quantizer
+    if not (isinstance(keys, SpectralQuantizer) and isinstance(values, SpectralQuantizer)):
+        raise ValueError("the kernels read spectral codes; expected SpectralQuantizers; use plain operations.")
+    return keys, values
+
+
+def decode_heads(snapshot: "Snapshot", part: int, first_head: int, heads: int, place: str) -> mx.array:
+    """Packed keys (0) or values (1) of some heads, [B, heads, P, D] in the model's dtype."""
+    quantizer = _spectral(snapshot)[part]
+    dtype = (snapshot.exact_keys, snapshot.exact_values)[part].dtype
+    chosen = slice(first_head, first_head + heads)
+    synthesis, mean = quantizer.synthesis[chosen], quantizer.mean[chosen]
+    wide = dtype == mx.float32
+    levels_of = run(decode(snapshot, part, first_head, heads, mx.float32 if wide else mx.float16), place)[0]
+    z = levels_of[..., : snapshot.packed_tokens].swapaxes(-1, -2)
+    if wide:
+        return z @ synthesis + mean
+    # Half precision holds levels better than bfloat16 does; a factor keeps the basis within its range.
+    factor = mx.maximum(mx.abs(synthesis).max(axis=(1, 2), keepdims=True), 1e-30)
+    product = z @ (synthesis / factor).astype(mx.float16)
+    return (product.astype(mx.float32) * factor + mean).astype(dtype)
+
+
+def fits(snapshot: "Snapshot", queries: mx.array, place: str) -> bool:
+    """Whether the kernels take these operands."""
+    keys, values = snapshot.key_quantizer, snapshot.value_quantizer
+    if not (isinstance(keys, SpectralQuantizer) and isinstance(values, SpectralQuantizer)):
+        return False
+    dims = snapshot.exact_keys.shape[3], snapshot.exact_values.shape[3]
+    types = {queries.dtype, snapshot.exact_keys.dtype, snapshot.exact_values.dtype}
+    if not (keys.words and values.words and set(dims) <= set(HEAD_DIMS) and len(types) == 1):
+        return False
+    if place != "metal":
+        return True
+    element = 4 if queries.dtype == mx.float32 else 2
+    rows = max(tile_rows(d, element, place) for d in dims)
+    return shared_bytes(*dims, rows, element, 1, 0) <= METAL_SHARED_BYTES
