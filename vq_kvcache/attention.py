@@ -4,22 +4,29 @@ The packed part is never turned back: queries go into the basis of the codes, re
 merge: online softmax (Milakov & Gimelshein, arXiv 1805.02867), as in FlashAttention.
 """
 
+import functools
 import itertools
+import warnings
+from collections.abc import Callable
 from typing import Literal
 
 import mlx.core as mx
 
+from . import kernels
+from .kernels import launches
 from .rows import Rows
 from .spectral.intercept import original_attention
 from .storage import Snapshot
 
 Mask = mx.array | Literal["causal"] | None
 Part = Literal["sinks", "packed", "window"]
+Run = Callable[[kernels.Launch, str], list[mx.array]]
 
 # Temporaries beyond a few MB leave the cache of a CPU, and beyond 32 MB cost it page faults (7-13 times slower).
 TILE_BYTES = 4 << 20
 GPU_TILE_BYTES = 128 << 20  # there, launches cost more
 COPIES = 12  # of a tile's levels that unpacking holds at once: MLX keeps up to ten operations in flight
+DECODED_BYTES = 512 << 20  # of one layer's keys and values, for the time of a prompt chunk's attention
 LOWEST = -1e30  # stands for minus infinity: finite, so that rows without any visible key stay free of NaN
 
 
@@ -45,6 +52,85 @@ def attend(
     """
     if not snapshot.packed:
         return attend_reference(snapshot, queries, scale, mask, sinks)
+    place = kernels.backend()
+    if place != "ops" and launches.fits(snapshot, queries, place) and trusted(place):
+        if queries.shape[2] <= launches.MOST_QUERIES:
+            return attend_codes(snapshot, queries, scale, mask, sinks, place)
+        if snapshot.layout.alike and _decoded_bytes(snapshot, 1) <= DECODED_BYTES:
+            return _attend_decoded(snapshot, queries, scale, mask, sinks, place)
+    return attend_ops(snapshot, queries, scale, mask, sinks)
+
+
+def attend_codes(
+    snapshot: Snapshot,
+    queries: mx.array,
+    scale: float,
+    mask: Mask,
+    sinks: mx.array | None,
+    place: str,
+    run: Run = kernels.run,
+) -> mx.array:
+    """`attend` by the kernels, for at most launches.MOST_QUERIES tokens; `run` launches one at `place`."""
+    launch, rest = launches.attend(snapshot, queries, scale, mask, sinks, place)
+    return run(launches.merge(run(launch, place), rest), place)[0]
+
+
+def _decoded_bytes(snapshot: Snapshot, heads: int) -> int:
+    keys, values = snapshot.exact_keys, snapshot.exact_values
+    token = keys.shape[3] * keys.dtype.size + values.shape[3] * values.dtype.size
+    return int(keys.shape[0] * heads * snapshot.length * token)
+
+
+def _attend_decoded(
+    snapshot: Snapshot, queries: mx.array, scale: float, mask: Mask, sinks: mx.array | None, place: str
+) -> mx.array:
+    """For prompts: MLX's own attention over a decoding of as many heads at a time as DECODED_BYTES hold."""
+    heads, query_heads = snapshot.exact_keys.shape[1], queries.shape[1]
+    most, group = max(DECODED_BYTES // _decoded_bytes(snapshot, 1), 1), query_heads // heads
+    results: list[mx.array] = []
+    for first in range(0, heads, most):
+        count = min(most, heads - first)
+        rows = slice(first * group, (first + count) * group)
+        q = queries[:, rows]
+        if results:  # one after the other, or the decodings of all would be held
+            q = mx.depends([q], [results[-1]])[0]
+        keys, values = (
+            snapshot.in_order(
+                exact[:, first : first + count], launches.decode_heads(snapshot, part, first, count, place)
+            )
+            for part, exact in enumerate((snapshot.exact_keys, snapshot.exact_values))
+        )
+        own = mask[:, rows] if isinstance(mask, mx.array) and mask.ndim == 4 and mask.shape[1] == query_heads else mask
+        logits = None if sinks is None else sinks[rows]
+        results.append(original_attention()(q, keys, values, scale=scale, mask=own, sinks=logits))
+    return results[0] if len(results) == 1 else mx.concatenate(results, axis=1)
+
+
+@functools.cache
+def trusted(place: str) -> bool:
+    """Whether the kernels of this back-end agree with `attend_reference` here: three small shapes, once a process.
+
+    False, with a warning, when they do not or fail to build.
+    """
+    from .doctor import first_wrong
+
+    try:
+        wrong = first_wrong(place)
+    except RuntimeError as error:
+        wrong = str(error).strip().splitlines()[0]
+    if wrong:
+        warnings.warn(
+            f"the {place} kernels do not work here ({wrong}): plain operations are used, which are slower; "
+            "`vq_kvcache doctor` tells more.",
+            stacklevel=2,
+        )
+    return not wrong
+
+
+def attend_ops(
+    snapshot: Snapshot, queries: mx.array, scale: float, mask: Mask = None, sinks: mx.array | None = None
+) -> mx.array:
+    """`attend` in plain operations, for any quantizers and on any device."""
     batch, query_heads, length, dims = queries.shape
     heads = snapshot.exact_keys.shape[1]
     rows = (batch, heads, query_heads // heads * length, dims)  # the queries of a group attend to the same codes

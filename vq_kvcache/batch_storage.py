@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from .chunks import MAX_CHUNKS, Chunk, Chunks, fill_pages, words_between, written
 from .drift import DriftSums
+from .kernels.launches import encode_words
 from .rows import Rows, rows_of
 from .spectral.spectral_quant import Quantizer
 from .storage import BLOCK, LAG, Snapshot, Storage, tokens_to_seal
@@ -193,7 +194,7 @@ class BatchStorage:
             return mx.concatenate([x[r : r + 1, :, s : s + count] for r, s in zip(rows, starts, strict=True)])
 
         keys, values = oldest(self.exact_keys), oldest(self.exact_values)
-        encoded = [self.key_quantizer.encode_words(keys), self.value_quantizer.encode_words(values)]
+        encoded = [encode_words(self.key_quantizer, keys), encode_words(self.value_quantizer, values)]
         words = mx.concatenate(encoded, axis=1)
         words = self.drift.watch(words, keys, values, self.key_quantizer, self.value_quantizer)
         if together:

@@ -5,11 +5,13 @@ packed tokens lie in chunks that are hardly ever moved once written.
 """
 
 import dataclasses
+from collections.abc import Callable
 
 import mlx.core as mx
 
 from .chunks import MAX_CHUNKS, Chunk, Chunks, fill_pages, words_between, written
 from .drift import DriftSums
+from .kernels.launches import encode_words
 from .rows import Rows, rows_of
 from .spectral.spectral_quant import Quantizer
 
@@ -70,21 +72,25 @@ class Snapshot:
         first = first or (0,) * len(layout.lengths)
         total = layout.length if total is None else total
         order = None if layout.alike and not any(first) and total == layout.length else layout.order(first, total)
-        words = self.words(0, self.packed_tokens) if self.packed else (None, None)
-        keys = self._in_order(self.exact_keys, self.key_quantizer, words[0], order)
-        return keys, self._in_order(self.exact_values, self.value_quantizer, words[1], order)
+        middle: tuple[mx.array | None, mx.array | None] = (None, None)
+        if self.packed:
+            words = self.words(0, self.packed_tokens)
+            middle = (
+                self.key_quantizer.decode_words(words[0], self.exact_keys.dtype),
+                self.value_quantizer.decode_words(words[1], self.exact_values.dtype),
+            )
+        return self.in_order(self.exact_keys, middle[0], order), self.in_order(self.exact_values, middle[1], order)
 
-    def _in_order(
-        self, exact: mx.array, quantizer: Quantizer, words: mx.array | None, order: mx.array | None
-    ) -> mx.array:
+    def in_order(self, exact: mx.array, middle: mx.array | None, order: mx.array | None = None) -> mx.array:
+        """Exact [B, H, C, D] and decoded packed tokens [B, H, P, D] in the order of the sequence, [B, H, T, D]; `order`
+        as Rows.order gives it."""
         sinks, start, end = max(self.layout.held_sinks), min(self.layout.window_start), self.layout.window_end
         if order is not None and not self.length:
             return mx.zeros((*exact.shape[:2], order.shape[1], exact.shape[3]), exact.dtype)
-        if words is None and sinks == start:
+        if middle is None and sinks == start:
             parts = [exact if end == exact.shape[2] else exact[:, :, :end]]
         else:
-            middle = [] if words is None else [quantizer.decode_words(words, exact.dtype)]
-            parts = [exact[:, :, :sinks], *middle, exact[:, :, start:end]]
+            parts = [exact[:, :, :sinks], *([] if middle is None else [middle]), exact[:, :, start:end]]
         result = parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=2)
         return result if order is None else mx.take_along_axis(result, order[:, None, :, None], axis=2)
 
@@ -146,16 +152,14 @@ class Storage:
         """Tokens that `seal` would pack now."""
         return tokens_to_seal(self.exact_tokens - self.held_sinks, self.window)
 
-    def seal(self) -> None:
-        """Pack the oldest exact tokens beyond the window, whole blocks of them."""
+    def seal(self, encode: Callable[[Quantizer, mx.array], mx.array] = encode_words) -> None:
+        """Pack the oldest exact tokens beyond the window, whole blocks of them; `encode` turns vectors into words."""
         count = self.due
         if count == 0 or self.exact_keys is None or self.exact_values is None:
             return
         s = self.held_sinks
         keys, values = self.exact_keys[:, :, s : s + count], self.exact_values[:, :, s : s + count]
-        words = mx.concatenate(
-            [self.key_quantizer.encode_words(keys), self.value_quantizer.encode_words(values)], axis=1
-        )
+        words = mx.concatenate([encode(self.key_quantizer, keys), encode(self.value_quantizer, values)], axis=1)
         self.codes.append(self.drift.watch(words, keys, values, self.key_quantizer, self.value_quantizer))
         room = self._room(self.exact_tokens - count, self.exact_keys, self.exact_values)
         self.exact_keys = _without(self.exact_keys, s, count, self.exact_tokens, room)

@@ -85,11 +85,11 @@ def dispatching() -> Iterator[None]:
         disable()
 
 
-class _Recorder:
+class Recorder:
     """Takes the place of a KV cache for one forward pass over a whole sequence: shows what passes and keeps nothing."""
 
     def __init__(self, index: int, attend: Attention, offset: int) -> None:
-        self._index, self._attend, self.offset = index, attend, offset
+        self.index, self.attend, self.offset = index, attend, offset
         self._fetched: tuple[Handle, Handle] | None = None
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[Handle, Handle]:
@@ -110,7 +110,7 @@ class _Recorder:
     def attention(
         self, queries: mx.array, keys: Handle, values: mx.array, original: Callable[..., mx.array], **options: Any
     ) -> mx.array:
-        return self._attend(self._index, queries, keys, values, original, **options)
+        return self.attend(self.index, queries, keys, values, original, **options)
 
 
 def recorders(model: Any, attend: Attention, offset: int = 0) -> list[Any]:
@@ -123,9 +123,9 @@ def recorders(model: Any, attend: Attention, offset: int = 0) -> list[Any]:
     """
     make_cache = getattr(type(model), "make_cache", None)  # the class's own: an instance may carry a hook
     if make_cache is None:
-        return [_Recorder(i, attend, offset) for i in range(len(model.layers))]
+        return [Recorder(i, attend, offset) for i in range(len(model.layers))]
     return [
-        _Recorder(i, attend, offset) if type(c).__name__ == "KVCache" else c for i, c in enumerate(make_cache(model))
+        Recorder(i, attend, offset) if type(c).__name__ == "KVCache" else c for i, c in enumerate(make_cache(model))
     ]
 
 
@@ -139,3 +139,12 @@ def observers(model: Any, see: See, offset: int = 0) -> list[Any]:
         return original(queries, keys, values, **options)
 
     return recorders(model, attend, offset)
+
+
+def require_layers(seen: dict[int, Any]) -> None:
+    """ValueError unless some layer was seen."""
+    if not seen:
+        raise ValueError(
+            "no layer of this model passed keys to mx.fast.scaled_dot_product_attention; expected full-attention "
+            "layers; use a full-precision cache with it."
+        )
