@@ -29,12 +29,12 @@ codec_of = functools.cache(random_codec)
 
 
 @functools.cache
-def snapshot_of(kind, lengths=LENGTHS):
+def snapshot_of(kind, lengths=LENGTHS, dims=DIMS):
     """A snapshot of rows of these lengths, fed padded; row 0 was sealed at other moments than row 3."""
-    codec = codec_of(heads=HEADS, key_dims=DIMS)
+    codec = codec_of(heads=HEADS, key_dims=dims)
     keys, values = (like_calibrated(t, len(lengths), LONGEST, i) for i, t in enumerate(codec.layers[0]))
     layer = codec.plan(3.0).layers[0]
-    pair = [RawQuantizer(HEADS, DIMS, mx.float32)] * 2 if kind == "raw" else [layer.keys, layer.values]
+    pair = [RawQuantizer(HEADS, dims, mx.float32)] * 2 if kind == "raw" else [layer.keys, layer.values]
     storage = BatchStorage(*pair, 100, 4, keys, values)
     fed = [0] * len(lengths)
     while fed != list(lengths):
