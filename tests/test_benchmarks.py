@@ -1,0 +1,101 @@
+"""What the benchmarks compare with must be what they say it is."""
+
+import json
+import math
+
+import bound
+import measure
+import mlx.core as mx
+import numpy as np
+import pytest
+import quality
+import quality_tables
+import recall
+from conftest import tiny_model
+from tqdm import tqdm
+
+from vq_kvcache.hooks import own_caches
+
+
+@pytest.mark.parametrize("bits", [4, 3, 2])
+def test_the_stock_quantizer_holds_what_mlx_lms_own_class_does(bits):
+    assert measure.stock_difference(64, bits) <= 1e-6
+
+
+def test_scores_of_a_cache_of_full_precision_are_exact_and_its_losses_the_models():
+    model, ids = tiny_model(), mx.array(np.random.default_rng(0).integers(2, 90, (2, 40)))
+    found, sizes = measure.scores(model, {"own": lambda: own_caches(model)}, ids, 16, 8, tqdm(disable=True))
+    logits = np.array(model(ids), dtype=np.float64)
+    logs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    expected = [[-logs[b, t, int(ids[b, t + 1])] for t in range(16, 39)] for b in range(2)]
+    assert np.abs(found["own"].kl).max() < 1e-6
+    assert found["own"].kl.shape == (2, 24)
+    assert found["own"].losses == pytest.approx(np.array(expected), abs=1e-4)
+    assert sizes["own"] == sum(c.nbytes for c in own_filled(model, ids)) // 2
+
+
+def own_filled(model, ids):
+    caches = own_caches(model)
+    model(ids, cache=caches)
+    return caches
+
+
+def test_divergence_is_that_of_the_reference_from_the_other():
+    p, q = np.array([[0.7, 0.2, 0.1]]), np.array([[0.2, 0.5, 0.3]])
+    expected = sum(a * math.log(a / b) for a, b in zip(p[0], q[0], strict=True))
+    assert measure.divergence(np.log(p), np.log(q)) == pytest.approx([expected])
+
+
+@pytest.mark.parametrize("bits", [0.25, 1.0, 2.5])
+def test_the_water_level_spends_the_whole_rate(bits):
+    variances = 10.0 ** np.random.default_rng(0).uniform(-6, 2, 200)
+    level = bound.water_level(variances, bits)
+    assert np.maximum(0.5 * np.log2(variances / level), 0).mean() == pytest.approx(bits)
+
+
+def test_rates_are_read_off_the_bounds_curve():
+    curve = {1.0: 0.04, 2.0: 0.01, 3.0: 0.0025}
+    assert [bound.bits_at(kl, curve) for kl in (0.04, 0.02, 0.005, 0.00125)] == pytest.approx([1, 1.5, 2.5, 3.5])
+
+
+def test_ratios_are_geometric_means_with_paired_errors():
+    cell = lambda rows: {"kl": float(np.mean(rows)), "kl_by_text": rows}  # noqa: E731
+    ours, theirs = [cell([1.0, 3.0]), cell([8.0, 8.0])], [cell([2.0, 6.0]), cell([1.0, 1.0])]
+    assert quality_tables.paired(ours, theirs) == pytest.approx((2.0, 0.0))
+    apart = quality_tables.paired([cell([1.0, 3.0])], [cell([2.0, 2.0])])
+    assert apart == pytest.approx((1.0, 0.5))
+
+
+def test_facts_are_asked_for_where_they_were_planted():
+    planted, without, answers = recall.rows_of(Bytes(), 300, 3)
+    assert planted.shape == without.shape == answers.shape
+    for row, other, asked in zip(planted, without, answers.astype(bool), strict=True):
+        ends = np.flatnonzero(asked)
+        answer = row[asked]
+        text = "".join(map(chr, answer))
+        assert " stones" in text
+        assert text.encode() in bytes(row[: ends[0]].tolist())
+        assert text.encode() not in bytes(other[: ends[0]].tolist())
+        assert (row[-len(asked) // 2 :][-5:] == other[-5:]).all()
+
+
+class Bytes:
+    """A tokenizer of bytes."""
+
+    eos_token_id = 0
+
+    def encode(self, text, add_special_tokens=True):
+        return list(text.encode("ascii", "replace"))
+
+
+def test_cells_say_how_far_and_how_sure():
+    kl = np.array([[0.0, 2.0], [4.0, 6.0]], dtype=np.float32)
+    scores = measure.Scores(kl, np.array([[True, True], [True, False]]), np.full((2, 1), math.log(3.0)))
+    found = quality.cell(scores, 2.0, 10.0)
+    assert found["kl"] == 3.0
+    assert found["kl_by_text"] == [1.0, 5.0]
+    assert found["kl_standard_error"] == pytest.approx(2.0)
+    assert found["top1"] == 0.75
+    assert found["perplexity"] == pytest.approx(3.0)
+    assert found["positions"] == 4
+    assert json.dumps(found)
