@@ -12,6 +12,7 @@ import quality
 import quality_tables
 import recall
 from conftest import tiny_model
+from mlx_lm.generate import maybe_quantize_kv_cache
 from tqdm import tqdm
 
 from vq_kvcache.hooks import own_caches
@@ -20,6 +21,19 @@ from vq_kvcache.hooks import own_caches
 @pytest.mark.parametrize("bits", [4, 3, 2])
 def test_the_stock_quantizer_holds_what_mlx_lms_own_class_does(bits):
     assert measure.stock_difference(64, bits) <= 1e-6
+
+
+def test_the_stock_cache_gives_the_logits_of_mlx_lms_kv_bits():
+    """Its own function quantizes after the first chunk, which has therefore seen itself exact."""
+    model, ids = tiny_model(head_dim=64), mx.array(np.random.default_rng(0).integers(2, 90, (1, 40)))
+    real = own_caches(model)
+    stock = [measure.StockKVCache(measure.affine(4)) for _ in real]
+    for start, end in ((0, 16), (16, 32), (32, 33), (33, 40)):
+        expected, found = (np.array(model(ids[:, start:end], cache=c)) for c in (real, stock))
+        assert found == pytest.approx(expected, abs=2e-3 * float(np.abs(expected).max()))
+        maybe_quantize_kv_cache(real, 0, 64, 4)
+    exact = np.array(model(ids))[:, 33:]
+    assert np.abs(exact - found).max() > 0.02 * np.abs(exact).max()
 
 
 def test_scores_of_a_cache_of_full_precision_are_exact_and_its_losses_the_models():

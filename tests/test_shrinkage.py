@@ -1,5 +1,6 @@
 import mlx.core as mx
 import numpy as np
+import oracle
 import pytest
 
 from vq_kvcache.spectral import shrinkage
@@ -9,12 +10,12 @@ from vq_kvcache.spectral.shrinkage import Shrinkage, choose, shrunk
 DIMS = 24
 
 
-def layer(sequences, tokens, spread, slope, seed=0):
-    """Statistics of vectors of standard deviations `spread` [D], with gradients of scale `slope` [D]."""
+def layer(sequences, tokens, spread, slope, seed=0, mean=0.0):
+    """Statistics of vectors of standard deviations `spread` [D] about `mean`, with gradients of scale `slope` [D]."""
     generator, made = np.random.default_rng(seed), LayerFisher()
     for i in range(sequences):
         x, g = (mx.array((generator.normal(size=(1, 2, tokens, DIMS)) * s).astype(np.float32)) for s in (spread, slope))
-        made.update(x, g, i, True)
+        made.update(x + mean, g, i, True)
     return made
 
 
@@ -33,6 +34,14 @@ def test_few_sequences_of_round_vectors_are_shrunk_and_many_of_steep_ones_are_no
     steep = 4.0 ** -np.arange(DIMS)
     assert choose([layer(32, 64, np.ones(DIMS), steep)], 32).metric < 1
     assert choose([layer(32, 64, steep, np.ones(DIMS))], 32).covariance < 1
+
+
+def test_the_cost_on_held_out_text_is_that_of_two_bits_a_number():
+    made = layer(8, 256, np.ones(DIMS), np.ones(DIMS), mean=3.0)
+    (moments, _), _ = made.halves
+    held, identity = mx.concatenate([x for x, _ in made.kept[1::2]], axis=1), np.tile(np.eye(DIMS), (2, 1, 1))
+    found = shrinkage._cost(moments, identity, identity, held, identity)
+    assert found == pytest.approx(2 * DIMS * oracle.distortion(oracle.levels(2)) / 2, rel=0.03)
 
 
 def test_each_half_is_judged_by_the_other(monkeypatch):
