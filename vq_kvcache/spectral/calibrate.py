@@ -14,7 +14,7 @@ from . import codec as codecs
 from .calibration_text import Placed, calibration_sequences, context_of, place
 from .codec import Codec, Transforms
 from .fisher import LayerFisher, gather
-from .intercept import dispatching, observers
+from .intercept import Use, dispatching, is_list, observers, plain_caches, uses
 from .moments import Moments, SecondMoments
 from .rotation_files import RotationFileError, load_cached_rotations, save_rotations
 from .spectral_quant import SpectralRotation
@@ -50,13 +50,13 @@ def calibrate_spectral_rotation(
     """
     seen: dict[int, tuple[Moments, Moments]] = {}
 
-    def see(layer: int, queries: mx.array, keys: mx.array, values: mx.array) -> None:
+    def see(layer: int, queries: mx.array | None, keys: mx.array, values: mx.array) -> None:
         for moments, x in zip(seen.setdefault(layer, (Moments(), Moments())), (keys, values), strict=True):
             moments.update(x)
 
     with _on_device(device):
         sequences = calibration_sequences(model, tokenizer, num_samples, sequence_length, texts, seed)
-        _run(model, [Placed(s, 0) for s in sequences], see)
+        _run(model, uses(model), [Placed(s, 0) for s in sequences], see)
     _require_layers(seen)
     return [
         _pooled_rotation(keys, f"layers.{i}", _pooled_rotation(values, f"layers.{i}", None))
@@ -106,17 +106,17 @@ def calibrate_codec(
         raise ValueError(f'objective is {objective!r}; expected "fisher" or "variance".')
     sequences = calibration_sequences(model, tokenizer, num_samples, sequence_length, texts, seed)
     placed = place(sequences, context_of(model))
-    layers = None
+    layers, used = None, uses(model)
     if objective == "fisher":
         try:
-            layers = _fisher_layers(model, placed, window, sinks, seed)
+            layers = _fisher_layers(model, used, placed, window, sinks, seed)
         except (ValueError, RuntimeError) as error:
             if "activations hold" in str(error):
                 raise
             warnings.warn(f"no gradients through this model ({error}): calibrating by variance.", stacklevel=2)
             objective = "variance"
     if layers is None:
-        layers = _variance_layers(model, placed)
+        layers = _variance_layers(model, used, placed)
     provenance = {
         "objective": objective, "sequences": len(sequences), "sequence_length": sequence_length, "seed": seed,
         "text": "built-in" if texts is None else "user", "tokens": sum(s.size for s in sequences),
@@ -125,15 +125,17 @@ def calibrate_codec(
     return Codec(codecs.fingerprint(model), layers, provenance)
 
 
-Layers = dict[int, tuple[Transforms, Transforms]]
+Layers = dict[int, tuple[Transforms, Transforms | None]]
 
 
-def _fisher_layers(model: Any, sequences: Sequence[Placed], window: int, sinks: int, seed: int) -> Layers:
+def _fisher_layers(
+    model: Any, used: dict[int, Use], sequences: Sequence[Placed], window: int, sinks: int, seed: int
+) -> Layers:
     progress = tqdm(sequences, desc="calibrating", unit="sequence")
     statistics = gather(model, progress, window, sinks, seed)
     _require_layers(statistics)
     return {
-        i: (_of_fisher(keys), _of_fisher(values))
+        i: (_of_fisher(keys), None if used[i].kind == "latent" else _of_fisher(values))
         for i, (keys, values) in tqdm(statistics.items(), desc="measuring", unit="layer")
     }
 
@@ -142,22 +144,27 @@ def _of_fisher(seen: LayerFisher) -> Transforms:
     return fisher_transforms(seen.vectors, seen.metric, seen.kept)
 
 
-def _variance_layers(model: Any, sequences: Sequence[Placed]) -> Layers:
+def _variance_layers(model: Any, used: dict[int, Use], sequences: Sequence[Placed]) -> Layers:
     seen: dict[int, _Seen] = {}
     stride = max(1, -(-sum(s.ids.size for s in sequences) // KEPT_VECTORS))
 
-    def see(layer: int, queries: mx.array, keys: mx.array, values: mx.array) -> None:
+    def see(layer: int, queries: mx.array | None, keys: mx.array, values: mx.array) -> None:
         seen.setdefault(layer, _Seen(stride)).update(queries, keys, values)
 
-    _run(model, sequences, see)
+    _run(model, used, sequences, see)
     _require_layers(seen)
-    layers = {}
+    layers: Layers = {}
+    caches = plain_caches(model)
+    by_layer = len(caches) == len(model.layers) and not any(map(is_list, caches))  # the i-th cache is the i-th layer's
     for i, layer in tqdm(seen.items(), desc="measuring", unit="layer"):
-        output = _output_metric(model, i, *layer.values.mean.shape)
-        layers[i] = (
-            transforms_of(layer.keys, layer.queries.value, layer.kept_keys),
-            transforms_of(layer.values, output, layer.kept_values),
-        )
+        # Queries that are not those of a plain attention say nothing about these keys.
+        queries = layer.queries.value if layer.queries.count else np.stack([np.eye(used[i].key_dims)] * used[i].heads)
+        keys = transforms_of(layer.keys, queries, layer.kept_keys)
+        if used[i].kind == "latent":
+            layers[i] = keys, None
+            continue
+        output = _output_metric(model, i if by_layer else None, *layer.values.mean.shape)
+        layers[i] = keys, transforms_of(layer.values, output, layer.kept_values)
     return layers
 
 
@@ -170,10 +177,11 @@ class _Seen:
         self.kept_values: list[mx.array] = []
         self._stride = stride
 
-    def update(self, queries: mx.array, keys: mx.array, values: mx.array) -> None:
+    def update(self, queries: mx.array | None, keys: mx.array, values: mx.array) -> None:
         self.keys.update(keys)
         self.values.update(values)
-        self.queries.update(queries, keys.shape[1])
+        if queries is not None:
+            self.queries.update(queries, keys.shape[1])
         for kept, x in ((self.kept_keys, keys), (self.kept_values, values)):
             kept.append(mx.contiguous(x[0, :, :: self._stride]))
             mx.eval(kept[-1])  # or the whole forward pass would be held
@@ -201,10 +209,10 @@ def codec_for(model: Any, tokenizer: Any | Callable[[], Any] | None) -> Codec:
     return made
 
 
-def _run(model: Any, sequences: Sequence[Placed], see: Callable[..., None]) -> None:
+def _run(model: Any, used: dict[int, Use], sequences: Sequence[Placed], see: Callable[..., None]) -> None:
     with dispatching():
         for ids, offset in tqdm(sequences, desc="calibrating", unit="sequence"):
-            mx.eval(model(ids[None], cache=observers(model, see, offset)))
+            mx.eval(model(ids[None], cache=observers(model, see, offset, used)))
 
 
 def _require_layers(seen: dict[int, Any]) -> None:
@@ -244,12 +252,12 @@ def _rotation(
     return SpectralRotation(arrays[0], arrays[1], len(mean), name, arrays[2], values)
 
 
-def _output_metric(model: Any, layer: int, heads: int, dims: int) -> NDArray[np.float64]:
+def _output_metric(model: Any, layer: int | None, heads: int, dims: int) -> NDArray[np.float64]:
     """WoT Wo [H, D, D] of the projection that reads the attention output, summed over the query heads of a group.
 
     The identity where no such projection is found: squared error of the values themselves.
     """
-    projection = _output_projection(model, layer)
+    projection = None if layer is None else _output_projection(model, layer)
     rows = None if projection is None else _rows(projection, dims)
     if rows is None or len(rows) % (heads * dims):
         return np.tile(np.eye(dims), (heads, 1, 1))

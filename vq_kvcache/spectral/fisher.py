@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .calibration_text import Placed
-from .intercept import Attention, dispatching, recorders
+from .intercept import Attention, Use, dispatching, is_pair, recorders, uses
 from .moments import Moments, SecondMoments
 
 KEPT_BYTES = 1 << 30  # of vectors and gradients, on which costs are measured
@@ -49,11 +49,12 @@ Statistics = dict[int, tuple[LayerFisher, LayerFisher]]
 def gather(model: Any, sequences: Iterable[Placed], window: int, sinks: int, seed: int) -> Statistics:
     """Statistics of every full-attention layer: one forward and one backward pass a sequence, one label a position."""
     statistics: Statistics = {}
+    used = uses(model)
     key = mx.random.key(seed)
     kept_bytes = 0
     for placed in sequences:
         key, now = mx.random.split(key)
-        found = _gradients(model, placed, window, sinks, now)
+        found = _gradients(model, used, placed, window, sinks, now)
         mx.eval(found)
         keep = kept_bytes < KEPT_BYTES
         for layer, arrays in found.items():
@@ -64,22 +65,19 @@ def gather(model: Any, sequences: Iterable[Placed], window: int, sinks: int, see
     return statistics
 
 
-def _gradients(model: Any, placed: Placed, window: int, sinks: int, key: mx.array) -> dict[int, tuple[mx.array, ...]]:
+def _gradients(
+    model: Any, used: dict[int, Use], placed: Placed, window: int, sinks: int, key: mx.array
+) -> dict[int, tuple[mx.array, ...]]:
     """layer -> (keys, their gradients, values, their gradients), each [1, H, T, D]."""
-    shapes: dict[int, tuple[Any, Any]] = {}
-    ids = placed.ids
+    layers, length = list(used), len(placed.ids)
+    zeros = [mx.zeros((1, u.heads, length, dims)) for u in used.values() for dims in (u.key_dims, u.value_dims)]
 
-    def shape_of(layer: int, q: mx.array, k: mx.array, v: mx.array, original: Attention, **options: Any) -> mx.array:
-        shapes[layer] = (1, k.shape[1], len(ids), k.shape[3]), (1, v.shape[1], len(ids), v.shape[3])
-        return original(q, k, v, **options)
+    def loss(errors: list[mx.array]) -> tuple[mx.array, dict[int, tuple[mx.array, mx.array]]]:
+        by_layer = dict(zip(layers, _pairs(errors), strict=True))
+        return _loss(model, used, placed, by_layer, window, sinks, key)
 
     with dispatching():
-        model(ids[None, :1], cache=recorders(model, shape_of))  # traced only: nothing is computed
-        layers = sorted(shapes)
-        zeros = [mx.zeros(s) for layer in layers for s in shapes[layer]]
-        gradient = mx.value_and_grad(lambda errors: _loss(model, placed, dict(zip(layers, _pairs(errors), strict=True)),
-                                                         window, sinks, key))  # fmt: skip
-        (_, vectors), gradients = gradient(zeros)
+        (_, vectors), gradients = mx.value_and_grad(loss)(zeros)
     return {
         layer: (*vectors[layer][:1], g[0], *vectors[layer][1:], g[1])
         for layer, g in zip(layers, _pairs(gradients), strict=True)
@@ -91,16 +89,32 @@ def _pairs(arrays: list[mx.array]) -> list[tuple[mx.array, mx.array]]:
 
 
 def _loss(
-    model: Any, placed: Placed, errors: dict[int, tuple[mx.array, mx.array]], window: int, sinks: int, key: mx.array
+    model: Any,
+    used: dict[int, Use],
+    placed: Placed,
+    errors: dict[int, tuple[mx.array, mx.array]],
+    window: int,
+    sinks: int,
+    key: mx.array,
 ) -> tuple[mx.array, dict[int, tuple[mx.array, mx.array]]]:
     """Sum of -log p of labels drawn from the model, and the vectors of each layer."""
     vectors: dict[int, tuple[mx.array, mx.array]] = {}
 
-    def attend(layer: int, q: mx.array, k: mx.array, v: mx.array, original: Attention, **options: Any) -> mx.array:
+    def append(layer: int, k: mx.array, v: mx.array) -> tuple[mx.array, mx.array]:
         vectors[layer] = mx.stop_gradient(k), mx.stop_gradient(v)
+        if used[layer].kind == "paired":
+            return k, v
+        # Not this module's attention: every position's reader sees the error, near ones too.
+        ek, ev = errors[layer]
+        return k + ek.astype(k.dtype), v + ev.astype(v.dtype)
+
+    def attend(layer: int, q: mx.array, k: mx.array, v: mx.array, original: Attention, **options: Any) -> mx.array:
+        if used[layer].kind != "paired" or not is_pair(k, v):
+            return original(q, k, v, **options)
         return far_attention(q, k, v, *errors[layer], window=window, exact=sinks, **options)
 
-    logits = model(placed.ids[None], cache=recorders(model, attend, placed.offset))[0].astype(mx.float32)
+    caches = recorders(model, attend, placed.offset, append=append, only=used)
+    logits = model(placed.ids[None], cache=caches)[0].astype(mx.float32)
     labels = mx.random.categorical(mx.stop_gradient(logits), key=key)
     chosen = mx.take_along_axis(logits, labels[:, None], axis=-1)[:, 0]
     return (mx.logsumexp(logits, axis=-1) - chosen).sum(), vectors
