@@ -13,7 +13,7 @@ from mlx_lm.models.cache import KVCache, create_attention_mask
 from .attention import attend
 from .drift import Drift, warn_once
 from .spectral.codec import Bits, Codec, CodecError, Plan, as_pair, budget_of, find_codec
-from .spectral.intercept import Handle
+from .spectral.intercept import Handle, is_pair
 from .spectral.spectral_quant import Quantizer, RawQuantizer
 from .storage import BLOCK, LAG, Chunk, Snapshot, Storage
 
@@ -85,10 +85,13 @@ class _View:
     def attention(
         self, queries: mx.array, keys: Handle, values: mx.array, original: Callable[..., mx.array], **options: Any
     ) -> mx.array:
-        paired = isinstance(values, Handle) and values.source is self and (keys.part, values.part) == ("keys", "values")
-        if not paired:  # a model that attends to something else with these keys: the handle is the decoded array
+        if is_pair(keys, values):
+            snapshot = self.snapshot
+        elif values is keys and keys.part == "keys":
+            snapshot = self.snapshot.of_keys()
+        else:  # a model that attends to something else with these keys: the handle is the decoded array
             return original(queries, keys, values, **options)
-        return attend(self.snapshot, queries, options["scale"], options.get("mask"), options.get("sinks"))
+        return attend(snapshot, queries, options["scale"], options.get("mask"), options.get("sinks"))
 
 
 class SpectralKVCache(KVCache):  # type: ignore[misc]  # mlx-lm is untyped

@@ -63,6 +63,13 @@ class Snapshot:
     packed: tuple[tuple[mx.array, int], ...]
     key_quantizer: Quantizer
     value_quantizer: Quantizer
+    keys_twice: bool = False  # keys serve as values too, and what is stored as values is not attended to
+
+    def of_keys(self) -> "Snapshot":
+        """The same with the keys in place of the values: what multi-head latent attention reads."""
+        return dataclasses.replace(
+            self, exact_values=self.exact_keys, value_quantizer=self.key_quantizer, keys_twice=True
+        )
 
     @property
     def packed_tokens(self) -> int:
@@ -84,7 +91,7 @@ class Snapshot:
             first += tokens
         words = parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=-1)
         split = self.key_quantizer.words
-        return words[:, :split], words[:, split:]
+        return words[:, :split], words[:, :split] if self.keys_twice else words[:, split:]
 
     def decoded(self) -> tuple[mx.array, mx.array]:
         """All keys and all values, [B, H, length, D] in the model's dtype, as a lazy graph."""
