@@ -71,9 +71,8 @@ def _attachment(model: Any) -> Attachment | None:
 
 def own_caches(model: Any, max_kv_size: int | None = None) -> list[Any]:
     """The caches that mlx-lm itself gives this model."""
-    make_cache = getattr(type(model), "make_cache", None)  # the class's own: the instance's may be ours
-    if make_cache is not None and max_kv_size is None:
-        return list(make_cache(model))
+    if max_kv_size is None:
+        return intercept.plain_caches(model)
     plain = types.SimpleNamespace(layers=model.layers)
     return list(mlx_lm_cache.make_prompt_cache(plain, max_kv_size))
 
@@ -109,12 +108,18 @@ def make_prompt_cache(
 
 
 def _spectral_caches(model: Any, plan: Plan, options: CacheOptions) -> list[Any]:
-    def choose(index: int, own: Any) -> Any:
-        if type(own) is not KVCache or not (plan is LOSSLESS or index in plan.layers):
-            return own
-        return SpectralKVCache(plan, index, options.window, options.sinks)
+    packed = intercept.uses(model) if plan is LOSSLESS else plan.layers
 
-    return [choose(i, own) for i, own in enumerate(own_caches(model))]
+    def choose(index: int, own: Any, nested: bool) -> Any:
+        return SpectralKVCache(plan, index, options.window, options.sinks) if index in packed else own
+
+    return intercept.replace_kv(own_caches(model), choose)
+
+
+def spectral_caches(caches: Sequence[Any] | None) -> list[SpectralKVCache]:
+    """Those of a prompt cache that are spectral, members of CacheLists included."""
+    members = [member for cache in caches or [] for member in intercept.members_of(cache)]
+    return [member for member in members if isinstance(member, SpectralKVCache)]
 
 
 # -- one model
@@ -169,13 +174,7 @@ def load(path_or_hf_repo: str, *args: Any, rotations: Any = None, **kwargs: Any)
 def _plan_of(model: Any, rotations: Any, signal_bits: int, noise_bits: int, use_water_filling: bool) -> Plan:
     if not isinstance(rotations, list):
         rotations = load_cached_rotations(rotations)
-    shapes: dict[int, tuple[int, int, int]] = {}
-
-    def see(layer: int, queries: mx.array, keys: mx.array, values: mx.array) -> None:
-        shapes[layer] = keys.shape[1], keys.shape[3], values.shape[3]
-
-    with intercept.dispatching():  # one token tells the number of KV heads, whatever the configuration calls it
-        mx.eval(model(mx.array([[0]]), cache=intercept.observers(model, see)))
+    shapes = {i: (u.heads, u.key_dims, u.value_dims) for i, u in intercept.uses(model).items()}
     plan = plan_of_rotations(
         rotations, {i: s[0] for i, s in shapes.items()}, signal_bits, noise_bits, use_water_filling
     )
@@ -258,7 +257,7 @@ def _choose_cache(
 
 
 def _check_fingerprints(model: Any, prompt_cache: list[Any]) -> None:
-    names = {c._fingerprint for c in prompt_cache if isinstance(c, SpectralKVCache)} - {""}
+    names = {c._fingerprint for c in spectral_caches(prompt_cache)} - {""}
     if names and names != {own := fingerprint(model)}:
         raise CodecError(
             f"the prompt cache was packed for model {', '.join(sorted(names))}; this model is {own}; make it again."
@@ -266,7 +265,7 @@ def _check_fingerprints(model: Any, prompt_cache: list[Any]) -> None:
 
 
 def _refuse_kv_bits(kv_bits: int | None, prompt_cache: list[Any] | None) -> None:
-    if kv_bits is not None and any(isinstance(c, SpectralKVCache) for c in prompt_cache or []):
+    if kv_bits is not None and spectral_caches(prompt_cache):
         raise ValueError(
             f"kv_bits={kv_bits} asks for mlx-lm's own quantized cache; a SpectralKVCache is packed already; drop "
             "kv_bits and set bits_per_value (--kv-avg-bits)."
