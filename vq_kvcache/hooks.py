@@ -9,7 +9,7 @@ import functools
 import importlib
 import inspect
 import os
-import types
+import sys
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -70,11 +70,13 @@ def _attachment(model: Any) -> Attachment | None:
 
 
 def own_caches(model: Any, max_kv_size: int | None = None) -> list[Any]:
-    """The caches that mlx-lm itself gives this model."""
+    """The caches that mlx-lm itself gives this model; with `max_kv_size`, rotating ones for full-attention layers."""
+    caches = intercept.plain_caches(model)
     if max_kv_size is None:
-        return intercept.plain_caches(model)
-    plain = types.SimpleNamespace(layers=model.layers)
-    return list(mlx_lm_cache.make_prompt_cache(plain, max_kv_size))
+        return caches
+    return intercept.replace_kv(
+        caches, lambda _, own, nested: own if nested else mlx_lm_cache.RotatingKVCache(max_kv_size, keep=4)
+    )
 
 
 def make_prompt_cache(
@@ -313,6 +315,11 @@ def install(cache: CacheOptions | type[SpectralKVCache] = SpectralKVCache) -> In
         return model, config
 
     _replace("mlx_lm.utils", "load_model", load_model)
+    # Commands bind this name when they are imported; a model's make_cache cannot see their --max-kv-size.
+    theirs = mlx_lm_cache.make_prompt_cache
+    for name, module in list(sys.modules.items()):
+        if name.split(".")[0] == "mlx_lm" and vars(module).get("make_prompt_cache") is theirs:
+            _replace(name, "make_prompt_cache", _make_prompt_cache)
     return Installation(owns=True)
 
 
@@ -380,6 +387,10 @@ def _replace(module: str, name: str, wrapper: Callable[..., Any]) -> None:
 def _replace_generation() -> None:
     _replace("mlx_lm.generate", "generate_step", _generate_step)
     _replace("mlx_lm.generate", "speculative_generate_step", _speculative_generate_step)
+
+
+def _make_prompt_cache(original: Callable[..., Any], model: Any, max_kv_size: int | None = None) -> Any:
+    return original(model, max_kv_size) if _attachment(model) is None else make_prompt_cache(model, max_kv_size)
 
 
 def _generate_step(
