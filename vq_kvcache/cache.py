@@ -12,6 +12,7 @@ from mlx_lm.models.cache import KVCache, create_attention_mask
 
 from .attention import attend
 from .drift import Drift, warn_once
+from .shards import Share
 from .spectral.codec import Bits, Codec, CodecError, Plan, as_pair, budget_of, find_codec
 from .spectral.intercept import Handle, is_pair
 from .spectral.spectral_quant import Quantizer, RawQuantizer
@@ -33,14 +34,16 @@ def find_plan(name: str, fingerprint: str) -> Plan:
     """The plan a saved cache names: one in use in this process, or that of the stored codec of its model."""
     if name in _plans:
         return _plans[name]
-    identity, _, bits = name.partition("@")
+    whole, share = Share.named(name)
+    identity, _, bits = whole.partition("@")
     codec = find_codec(fingerprint) if fingerprint else None
     if codec is None or codec.identity != identity:
         raise CodecError(
             f"the saved prompt cache was packed by codec {identity} of model {fingerprint or 'unknown'}, which is not "
             "here; expected it in the codec folder or attached to the model; load that codec first."
         )
-    return register_plan(codec.plan(budget_of(bits)))
+    plan = codec.plan(budget_of(bits))
+    return register_plan(plan if share is None else share.of_plan(plan))
 
 
 @dataclasses.dataclass(frozen=True)

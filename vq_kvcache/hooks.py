@@ -20,9 +20,19 @@ from mlx_lm.models import cache as mlx_lm_cache
 from mlx_lm.models.cache import KVCache
 
 from .cache import LOSSLESS, CacheOptions, SpectralKVCache, register_plan
+from .shards import Share
 from .spectral import intercept
 from .spectral.calibrate import codec_for
-from .spectral.codec import Codec, CodecError, Plan, fingerprint, plan_of_rotations
+from .spectral.codec import (
+    Codec,
+    CodecError,
+    Plan,
+    find_codec,
+    fingerprint,
+    fingerprint_of_files,
+    plan_of_rotations,
+    stored_path,
+)
 from .spectral.rotation_files import load_cached_rotations
 from .spectral.spectral_quant import SpectralRotation
 
@@ -31,11 +41,31 @@ SUPPORTED = "mlx-lm 0.31.3 to 0.32"
 
 
 class Attachment:
-    """What a model was given by `attach`: how to find its plan, and the options its caches are made with."""
+    """What a model was given by `attach`: how to find its plan, and the options its caches are made with.
 
-    def __init__(self, tokenizer: Any, options: CacheOptions, plan: Plan | None) -> None:
-        self.tokenizer, self.options, self._fixed = tokenizer, options, plan
+    source: loads the whole model again with weights not read yet, for the name of one that was split since.
+    """
+
+    def __init__(
+        self, tokenizer: Any, options: CacheOptions, plan: Plan | None, source: Callable[[], Any] | None = None
+    ) -> None:
+        self.tokenizer, self.options, self._fixed, self._source = tokenizer, options, plan, source
         self._codec: Codec | None = None
+        self._whole: str | None = None  # the fingerprint, where this process holds a share
+
+    def fingerprint(self, model: Any, share: Share | None) -> str:
+        """The whole model's."""
+        if share is None:
+            return fingerprint(model)
+        if self._whole is None and self._source is None:
+            raise CodecError(
+                "the model was split over several processes before it was attached, so its fingerprint is unknown; "
+                "expected install() first and mlx_lm's sharded_load() then."
+            )
+        if self._whole is None:
+            assert self._source is not None
+            self._whole = fingerprint_of_files(self._source)
+        return self._whole
 
     def plan(self, model: Any, options: CacheOptions) -> Plan:
         """The plan for these options; finds or calibrates the codec on first use."""
@@ -43,25 +73,32 @@ class Attachment:
             return LOSSLESS
         if self._fixed is not None and options.codec is None:
             return self._fixed
+        share = Share.of(model)
         codec = options.codec
         if isinstance(codec, str | os.PathLike):
             codec = Codec.load(codec)
         if codec is not None:
-            if codec.fingerprint != (name := fingerprint(model)):
+            if codec.fingerprint != (name := self.fingerprint(model, share)):
                 raise CodecError(f"the codec is of model {codec.fingerprint}; this model is {name}; use its own codec.")
         else:
-            codec = self._codec = self._codec or _codec_in_use(model, self.tokenizer)
-        return register_plan(options.plan(codec))
+            codec = self._codec = self._codec or self._codec_in_use(model, share)
+        plan = options.plan(codec)
+        return register_plan(plan if share is None else share.of_plan(plan))
+
+    def _codec_in_use(self, model: Any, share: Share | None) -> Codec:
+        name = self.fingerprint(model, share)
+        if name not in _codecs:
+            found = codec_for(model, self.tokenizer) if share is None else find_codec(name)
+            if found is None:
+                raise CodecError(
+                    f"no codec of model {name} in {stored_path(name).parent}, and a model split over several processes "
+                    "cannot be calibrated; run `vq_kvcache calibrate MODEL` once and copy the file to every machine."
+                )
+            _codecs[name] = found
+        return _codecs[name]
 
 
 _codecs: dict[str, Codec] = {}  # of the models used in this process, by fingerprint
-
-
-def _codec_in_use(model: Any, tokenizer: Any) -> Codec:
-    name = fingerprint(model)
-    if name not in _codecs:
-        _codecs[name] = codec_for(model, tokenizer)
-    return _codecs[name]
 
 
 def _attachment(model: Any) -> Attachment | None:
@@ -260,7 +297,10 @@ def _choose_cache(
 
 def _check_fingerprints(model: Any, prompt_cache: list[Any]) -> None:
     names = {c._fingerprint for c in spectral_caches(prompt_cache)} - {""}
-    if names and names != {own := fingerprint(model)}:
+    if not names:
+        return
+    attachment = _attachment(model) or Attachment(None, CacheOptions(), None)
+    if names != {own := attachment.fingerprint(model, Share.of(model))}:
         raise CodecError(
             f"the prompt cache was packed for model {', '.join(sorted(names))}; this model is {own}; make it again."
         )
@@ -311,7 +351,13 @@ def install(cache: CacheOptions | type[SpectralKVCache] = SpectralKVCache) -> In
             load_tokenizer = _module("mlx_lm.utils").load_tokenizer
             return load_tokenizer(path, eos_token_ids=config.get("eos_token_id"))
 
+        def whole() -> Any:
+            call = inspect.signature(original).bind(*args, **kwargs)
+            call.arguments["lazy"] = True
+            return original(*call.args, **call.kwargs)[0]
+
         attach(model, tokenizer, cache=options)
+        model._vq_kvcache = Attachment(tokenizer, options, None, whole)
         return model, config
 
     _replace("mlx_lm.utils", "load_model", load_model)

@@ -7,7 +7,7 @@ import json
 import os
 import pathlib
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -337,13 +337,29 @@ def plan_of_rotations(
 def fingerprint(model: Any) -> str:
     """Names a model by its configuration, its parameters' names, shapes and dtypes, and a strided sample of their
     values (at most 1 MB): the same weights give the same name, other weights or adapters another."""
+    name, description, samples = _samples(model)
+    mx.eval(samples)
+    return _name(name, description, samples)
+
+
+def fingerprint_of_files(load: Callable[[], Any]) -> str:
+    """The fingerprint of the model that `load` makes with weights not read yet; holds one parameter at a time."""
+    name, description, samples = _samples(load())
+    for sample in samples:  # nothing else holds the weights: each is read, sampled and dropped
+        mx.eval(sample)
+    return _name(name, description, samples)
+
+
+def _samples(model: Any) -> tuple[str, str, list[mx.array]]:
     parameters = sorted(tree_flatten(model.parameters()))
     budget = SAMPLED_BYTES // max(4 * len(parameters), 1)
     samples = [_sample(array, max(1, min(SAMPLES_PER_PARAMETER, budget))) for _, array in parameters]
-    mx.eval(samples)
     description = [repr(getattr(model, "args", None)), *(f"{n} {a.shape} {a.dtype}" for n, a in parameters)]
-    content = "\n".join(description).encode() + b"".join(np.array(s).tobytes() for s in samples)
-    name = str(getattr(model, "model_type", type(model).__name__))
+    return str(getattr(model, "model_type", type(model).__name__)), "\n".join(description), samples
+
+
+def _name(name: str, description: str, samples: list[mx.array]) -> str:
+    content = description.encode() + b"".join(np.array(s).tobytes() for s in samples)
     return f"{''.join(c if c.isalnum() else '_' for c in name)}-{sha256(content)[:16]}"
 
 
