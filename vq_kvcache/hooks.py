@@ -291,6 +291,11 @@ def _choose_cache(
         cache = SpectralKVCache
     given = isinstance(cache, Sequence)
     caches = make_prompt_cache(model, max_kv_size, cache, tokenizer=tokenizer)
+    if draft_model is not None and not given and len(caches) != len(model.layers):
+        raise ValueError(
+            f"the model has {len(caches)} caches for {len(model.layers)} layers, and mlx-lm splits those of a draft "
+            "off by layers; expected as many; use a full-precision cache (--kv-cache full) with --draft-model."
+        )
     # Drafts are short-lived guesses of a small model: their caches stay full precision unless passed in a list.
     return caches if draft_model is None or given else caches + own_caches(draft_model)
 
