@@ -158,6 +158,17 @@ def test_full_attention_is_packed_and_the_rest_stays(kind):
     assert [i for i, c in enumerate(caches) if isinstance(c, SpectralKVCache)] == list(uses(model))
 
 
+def test_a_bounded_cache_keeps_what_is_no_kv_cache(kind):
+    """--max-kv-size: full-attention layers rotate, the others stay as the model made them, and it still runs."""
+    model = build(kind)
+    with pytest.warns(UserWarning, match="max_kv_size=400 drops old tokens instead of packing them"):
+        caches = vq_kvcache.make_prompt_cache(model, max_kv_size=400)
+    for bounded, own in zip(flat(caches), flat(plain_caches(model)), strict=True):
+        rotates = type(own).__name__ == "KVCache" and not hasattr(caches[0], "caches")
+        assert type(bounded).__name__ == ("RotatingKVCache" if rotates else type(own).__name__)
+    assert mx.allclose(logits(model, caches), logits(model, plain_caches(model)), atol=1e-3).item()
+
+
 def test_lossless_logits_are_the_models_own(kind):
     model = build(kind)
     full, caches = logits(model, plain_caches(model)), lossless_caches(model)

@@ -58,7 +58,7 @@ def save(model, config, folder):
     """The model in the layout of a Hugging Face repository, with an index as pipelines ask for."""
     folder.mkdir()
     weights = dict(tree_flatten(model.parameters()))
-    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
     mx.save_safetensors(str(folder / "model.safetensors"), weights)
     index = {"weight_map": dict.fromkeys(weights, "model.safetensors")}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))

@@ -1,6 +1,7 @@
 """The command `vq_kvcache`: its own subcommands, and every mlx_lm command with the spectral cache on."""
 
 import argparse
+import importlib
 import sys
 import warnings
 from collections.abc import Sequence
@@ -8,8 +9,11 @@ from typing import Any
 
 OWN = {
     "demo": "generate with the shipped model from both caches and compare them",
-    "patch": "give the installed mlx_lm.generate the option --kv-cache spectral, or take it back",
+    "inspect": "what is packed of a model, a codec or a prompt cache, and what it costs",
+    "calibrate": "make the codec of a model now",
+    "patch": "give the installed mlx_lm commands the option --kv-cache spectral, or take it back",
 }
+MODULES = {"inspect": "inspection", "calibrate": "calibration", "patch": "patching"}
 MLX_LM = ("generate", "chat", "server", "cache_prompt", "evaluate", "benchmark")
 
 
@@ -26,14 +30,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(_usage())
         return 0 if arguments else 2
     command, *rest = arguments
-    if command == "demo":
-        from .demo import main as demo
-
-        return demo(rest)
-    if command == "patch":
-        from .patching import main as patch
-
-        return patch(rest)
+    if command in OWN:
+        module = importlib.import_module(f".{MODULES.get(command, command)}", __package__)
+        return int(module.main(rest))
     if command in MLX_LM:
         return _run_mlx_lm(command, rest)
     print(f"vq_kvcache: unknown command {command!r}; expected one of {', '.join([*OWN, *MLX_LM])}.", file=sys.stderr)
