@@ -254,4 +254,4 @@ def test_help_shows_both_kinds_of_options(capsys, lm_eval, command):
     text = capsys.readouterr().out
     ours = [a.option_strings[0] for a in cli.cache_parser(command)._actions]
     assert len(ours) == 8
-    assert all(name in text for name in [*ours, "--model", "--trust-remote-code"])
+    assert all(name in text for name in [*ours, "--model"])

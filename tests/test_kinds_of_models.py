@@ -1,6 +1,7 @@
 """One small model of every kind: what is packed, that lossless logits are the model's own, and that bits help."""
 
-import importlib
+import contextlib
+import importlib.util
 
 import mlx.core as mx
 import numpy as np
@@ -12,6 +13,7 @@ from mlx_lm.models import cache as mlx_lm_cache
 import vq_kvcache
 from vq_kvcache import SpectralKVCache, attention, hooks
 from vq_kvcache import cache as cache_module
+from vq_kvcache.cache import ARRAYS_ONLY
 from vq_kvcache.spectral import intercept
 from vq_kvcache.spectral.calibrate import calibrate_codec
 from vq_kvcache.spectral.codec import Codec, LayerQuantizers, Plan
@@ -41,7 +43,7 @@ KINDS = {
     ),
     "gemma3_text": ({**COMMON, "num_hidden_layers": 3, "sliding_window": 24, "sliding_window_pattern": 3,
                      "query_pre_attn_scalar": 16}, ["paired"], ["RotatingKVCache"] * 2),
-    "gpt_oss": ({**SLIDING, "num_local_experts": 2, "num_experts_per_tok": 1}, ["paired"], ["RotatingKVCache"]),
+    "gpt_oss": ({**SLIDING, "num_local_experts": 2, "num_experts_per_tok": 2}, ["paired"], ["RotatingKVCache"]),
     "llama4": (
         {"text_config": {
             **COMMON, "num_hidden_layers": 4, "attention_bias": False, "attention_chunk_size": 256,
@@ -110,7 +112,11 @@ def build(kind, seed=0):
     return model
 
 
-@pytest.fixture(params=KINDS)
+# Models that mlx-lm before 0.32 does not stop gradients in: routing by sorted indices.
+NO_GRADIENTS = {"gpt_oss", "llama4"} if ARRAYS_ONLY else set()
+
+
+@pytest.fixture(params=[k for k in KINDS if importlib.util.find_spec(f"mlx_lm.models.{k}")])
 def kind(request):
     return request.param
 
@@ -183,11 +189,14 @@ def test_lossless_logits_are_the_models_own(kind):
 
 def test_bits_of_a_codec_calibrated_on_the_model_bring_the_logits_near(kind, tmp_path):
     model = build(kind)
-    codec = calibrate_codec(model, Characters(), 3, 160, texts=[text(i) for i in range(3)], window=16)
+    with contextlib.ExitStack() as stack:
+        if kind in NO_GRADIENTS:
+            stack.enter_context(pytest.warns(UserWarning, match="no gradients through this model"))
+        codec = calibrate_codec(model, Characters(), 3, 160, texts=[text(i) for i in range(3)], window=16)
     codec.save(tmp_path / "codec.safetensors")
     again = Codec.load(tmp_path / "codec.safetensors")
     assert again.identity == codec.identity
-    assert codec.provenance["objective"] == "fisher"
+    assert codec.in_nats == (kind not in NO_GRADIENTS)
     kinds = [u.kind for u in uses(model).values()]
     assert [pair[1] is None for pair in again.layers.values()] == [k == "latent" for k in kinds]
     full, kls = logits(model, plain_caches(model)), []
@@ -199,7 +208,7 @@ def test_bits_of_a_codec_calibrated_on_the_model_bring_the_logits_near(kind, tmp
     assert kls[0] > 1e-5
     assert kls[1] < kls[0] / 4
     assert kls[2] < kls[0] / 100
-    assert kls[0] / 100 < codec.predicted_kl(0.5) < kls[0] * 100
+    assert not codec.in_nats or kls[0] / 100 < codec.predicted_kl(0.5) < kls[0] * 100
 
 
 @pytest.mark.parametrize("which", ["falcon_h1", "deepseek_v3", "gemma3_text"])

@@ -1,5 +1,6 @@
 """A model spread over several processes by mlx-lm, on MLX's ring back-end over loopback, against one process."""
 
+import contextlib
 import json
 import pathlib
 import socket
@@ -12,7 +13,7 @@ import pytest
 import split_worker
 from conftest import random_codec, tiny_config, tiny_model, tiny_tokenizer
 from mlx.utils import tree_flatten
-from mlx_lm.models import qwen2
+from mlx_lm.models import ministral3
 
 import vq_kvcache
 from vq_kvcache import cache as cache_module
@@ -24,11 +25,19 @@ HERE = pathlib.Path(__file__).resolve().parent
 SECONDS = 150
 
 
+def free_ports(count):
+    """The first of so many neighbouring ports that nobody listens on, below those that systems hand out."""
+    for first in np.random.default_rng().integers(10_000, 30_000, 100).tolist():
+        with contextlib.ExitStack() as stack, contextlib.suppress(OSError):
+            for port in range(first, first + count):
+                stack.enter_context(socket.socket()).bind(("127.0.0.1", port))
+            return first
+    raise AssertionError("no free ports")
+
+
 def launch(processes, folder, how, output):
     """The worker in so many processes; returns (logits by cache, what each rank held)."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = min(free.getsockname()[1], 65000)
+    port = free_ports(processes)
     launcher = pathlib.Path(sys.executable).with_name("mlx.launch")
     command = [launcher, "-n", processes, "--backend", "ring", "--starting-port", port, "--python", sys.executable,
                "--", HERE / "split_worker.py", folder, how, output]  # fmt: skip
@@ -90,19 +99,19 @@ def test_four_processes_share_eight_heads(tmp_path):
 
 
 def test_a_pipeline_of_two_packs_its_own_layers(tmp_path):
-    config = tiny_config(model_type="qwen2", num_hidden_layers=3, tie_word_embeddings=False, rope_theta=10000.0)
+    rope = {"rope_theta": 10000.0, "llama_4_scaling_beta": 0.1, "original_max_position_embeddings": 64}
+    config = tiny_config(model_type="ministral3", num_hidden_layers=4, rope_parameters=rope)
     mx.random.seed(2)
-    model = qwen2.Model(qwen2.ModelArgs.from_dict(config))
+    model = ministral3.Model(ministral3.ModelArgs.from_dict(config))
     mx.eval(model.parameters())
     folder = save(model, config, tmp_path / "model")
-    heads, dims = config["num_key_value_heads"], config["hidden_size"] // config["num_attention_heads"]
-    codec = random_codec(layers=3, heads=heads, key_dims=dims, name=fingerprint(model))
+    codec = random_codec(layers=4, name=fingerprint(model))
     codec.save(stored_path(codec.fingerprint))
     whole, held = split_worker.run(str(folder), "whole", None)
     found, ranks = launch(2, folder, "pipeline", tmp_path / "out")
     assert_same_logits(found, whole)
-    assert [r["heads"] for r in ranks] == [[2, 2], [2]]  # rank 0 has the last layers
-    assert [r["plan"] for r in ranks] == [f"{held['plan']}#0/1+{first}" for first in (1, 0)]
+    assert [r["heads"] for r in ranks] == [[2, 2]] * 2
+    assert [r["plan"] for r in ranks] == [f"{held['plan']}#0/1+{first}" for first in (2, 0)]  # rank 0 has the last
 
 
 # Without any second process.
