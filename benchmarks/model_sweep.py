@@ -36,7 +36,7 @@ from vq_kvcache.spectral.calibrate import calibrate_codec
 from vq_kvcache.spectral.intercept import members_of, plain_caches, uses
 
 LARGEST_BYTES = 200_000_000  # some of mlx-lm's test models are full size and never evaluated
-SECONDS = 180  # for one model
+SECONDS = 400  # for one model
 PIECES = (150, 50, 3, 1, 1, 1, 1)  # tokens of each call: prefill, a later prompt, a draft's check, decoding
 WINDOW, SINKS = 16, 4
 BITS = (4.0, 0.5)
@@ -131,9 +131,14 @@ SMALLER: dict[str, dict[str, Any]] = {
     "cohere": {"hidden_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2},
     "cohere2": {"hidden_size": 256, "head_dim": 64, "num_attention_heads": 4, "num_key_value_heads": 2,
                 "sliding_window": 64},
+    "dbrx": {"d_model": 256, "ffn_config": {"ffn_hidden_size": 256, "moe_num_experts": 4, "moe_top_k": 2}},
+    "gemma3_text": {"num_hidden_layers": 6},
     "gpt_neox": {"hidden_size": 256, "num_attention_heads": 4},
     "gptj": {"n_embd": 256, "n_head": 4, "rotary_dim": 32},
-    "phi": {"hidden_size": 256, "num_attention_heads": 4, "num_key_value_heads": 4},
+    "jamba": {"hidden_size": 64, "mamba_dt_rank": 8, "mamba_d_state": 16, "mamba_expand": 2},
+    "openelm": {"num_transformer_layers": 2, "num_kv_heads": [3, 4], "num_query_heads": [12, 16],
+                "ffn_multipliers": [0.5, 0.73]},
+    "phi": {"hidden_size": 320, "num_attention_heads": 4, "num_key_value_heads": 4},
     "phi3": {"hidden_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2},
     "qwen": {"hidden_size": 256, "num_attention_heads": 4, "kv_channels": 64, "intermediate_size": 512},
 }  # fmt: skip
@@ -141,7 +146,8 @@ SMALLER: dict[str, dict[str, Any]] = {
 
 def smaller(model: Any) -> tuple[Any, int]:
     """A small model of the same class, and its vocabulary."""
-    args, module = model.args, type(model).__module__
+    args = model.args if hasattr(model, "args") else model.config
+    module = type(model).__module__
     changes = {n: min(v, getattr(args, n)) for n, v in SMALL.items() if isinstance(getattr(args, n, None), int)}
     depth = changes.get("num_hidden_layers")
     if depth is not None and isinstance(getattr(args, "layer_types", None), list):
@@ -203,7 +209,9 @@ class Sweep:
     """Rows by model type, filled while mlx-lm's tests build their models."""
 
     def __init__(self, only: list[str], result: pathlib.Path) -> None:
-        self.rows: dict[str, dict[str, Any]] = {}
+        # With --only, the rows of other models stay as they are.
+        kept = json.loads(result.read_text())["models"] if only and result.exists() else {}
+        self.rows: dict[str, dict[str, Any]] = {n: r for n, r in kept.items() if n.split(" ")[0] not in only}
         self._only, self._result = only, result
 
     def run(self, model: Any, vocabulary: int) -> None:
@@ -236,8 +244,9 @@ class Sweep:
 
     def write(self) -> None:
         """The report so far."""
+        rows = dict(sorted(self.rows.items()))
         mine = {"mlx_lm": mlx_lm.__version__, "pieces": PIECES, "window": WINDOW, "sinks": SINKS}
-        measure.save(self._result, {**mine, "classes": summary(self.rows), "models": self.rows})
+        measure.save(self._result, {**mine, "classes": summary(self.rows), "models": rows})
 
 
 def summary(rows: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -289,7 +298,7 @@ def source_of(function: Any) -> str:
 def main() -> None:
     """Sweep and write results/models.json."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="*", default=[], help="model modules (default: all)")
+    parser.add_argument("--only", nargs="*", default=[], help="model modules to measure again (default: all)")
     parser.add_argument("--tests", type=pathlib.Path, help="folder with mlx-lm's test_models.py")
     parser.add_argument("--result", default="models", help="name of the file in results/")
     args = parser.parse_args()
