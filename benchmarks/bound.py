@@ -17,6 +17,8 @@ from measure import NoisyKVCache
 from vq_kvcache.hooks import own_caches
 from vq_kvcache.spectral.codec import Codec, Transforms
 
+BITS = (0.5, 0.75, 1, 1.5, 2, 2.5, 3)
+
 
 def water_level(variances: np.ndarray, bits: float) -> float:
     """The level at which all coordinates together get `bits` bits each on average."""

@@ -17,10 +17,16 @@ from mlx_lm.models.cache import KVCache, QuantizedKVCache
 from vq_kvcache import Codec, SpectralKVCache
 from vq_kvcache.cache import LOSSLESS
 from vq_kvcache.hooks import own_caches
+from vq_kvcache.spectral.calibrate import (
+    calibrate_spectral_rotation,
+    codec_for,
+    load_cached_rotations,
+    save_rotations,
+)
 from vq_kvcache.spectral.codebook import dequantize, quantize
-from vq_kvcache.spectral.codec import fingerprint
-from vq_kvcache.spectral.files import write_atomically
-from vq_kvcache.spectral.spectral_quant import RawQuantizer
+from vq_kvcache.spectral.codec import LayerQuantizers, Plan, Transforms, fingerprint
+from vq_kvcache.spectral.files import cache_folder, write_atomically
+from vq_kvcache.spectral.spectral_quant import RawQuantizer, SpectralQuantizer, SpectralRotation
 
 HERE = pathlib.Path(__file__).resolve().parent
 RESULTS = HERE / "results"
@@ -75,6 +81,34 @@ def affine(bits: int, group_size: int = 64) -> Callable[[mx.array], mx.array]:
 def baseline_caches(model: Any, change: Callable[[mx.array], mx.array]) -> list[Any]:
     """Caches of `model` in which every full-attention layer goes through `change`."""
     return [RoundTripKVCache(change) if type(c).__name__ == "KVCache" else c for c in own_caches(model)]
+
+
+def scalar_caches(model: Any, codec: Codec, bits: float) -> list[Any]:
+    """Spectral caches whose codes stand alone, none in rings; the codec's costs should be of such codes, too."""
+
+    def quantizer(transforms: Transforms, widths: list[Any]) -> SpectralQuantizer:
+        dims, heads = np.arange(transforms.mean.shape[1]), []
+        for h, b in enumerate(widths):
+            variances = transforms.eigenvalues[h] * transforms.stretch[h, dims, b] ** 2
+            parts = transforms.mean[h], transforms.analysis[h], variances, b
+            heads.append(SpectralQuantizer.from_transform(*parts, trellis=False))
+        return SpectralQuantizer.stack(heads)
+
+    widths = codec._widths(bits)
+    layers = {
+        i: LayerQuantizers(quantizer(k, widths[i, "keys"]), quantizer(v, widths[i, "values"]))
+        for i, (k, v) in codec.layers.items()
+    }
+    plan = Plan(f"{codec.identity}-scalar@{bits}", codec.fingerprint, layers)
+    return [SpectralKVCache(plan, i) if i in layers else own for i, own in enumerate(own_caches(model))]
+
+
+def documented_rotations(model: Any, tokenizer: Any) -> list[SpectralRotation]:
+    """Rotations of the documented path, 16 sequences of 1,024 tokens; kept in the cache folder."""
+    folder = cache_folder() / "rotations" / fingerprint(model)
+    if not folder.exists():
+        save_rotations(calibrate_spectral_rotation(model, tokenizer, 16, 1024, "gpu"), folder)
+    return load_cached_rotations(folder)
 
 
 class StockKVCache(KVCache):  # type: ignore[misc]  # mlx-lm is untyped
@@ -184,10 +218,17 @@ def load_model(path: str, keep: bool = False) -> tuple[Any, Any, int]:
     return model, tokenizer, getattr(args, "head_dim", None) or args.hidden_size // args.num_attention_heads
 
 
-def to_float32(model: Any, codec: Codec) -> None:
-    """Compute in float32, so that only the cache differs; the codec was found by the weights as they are stored."""
+def load_with_codec(path: str, codec_file: str | None) -> tuple[Any, Any, int, Codec, str]:
+    """(model in float32, tokenizer, head_dim, codec, its identity): in float32, only the cache differs.
+
+    The codec is found, or made, by the weights as they are stored.
+    """
+    model, tokenizer, head_dim = load_model(path, keep=True)
+    codec = Codec.load(codec_file) if codec_file else codec_for(model, tokenizer)
+    identity = codec.identity
     model.set_dtype(mx.float32)
     codec.fingerprint = fingerprint(model)
+    return model, tokenizer, head_dim, codec, identity
 
 
 def save(file: pathlib.Path, result: dict[str, Any]) -> None:

@@ -24,19 +24,25 @@ from tqdm import tqdm
 
 from vq_kvcache import Codec, SpectralKVCache, make_prompt_cache
 from vq_kvcache.hooks import attach, detach, own_caches
-from vq_kvcache.spectral.calibrate import calibrate_spectral_rotation, codec_for
 from vq_kvcache.spectral.calibration_text import encode
 
 PREFILL = 256
 STEPS = {"decode": 16, "prefill": 256}
 DOMAINS = ("drama", "encyclopaedia", "factbook", "prose", "python")
 DOCUMENTED = {"documented 4/1": (4, 1, False), "documented filled": (4, 3, True)}
-BOUND_BITS = (0.5, 0.75, 1, 1.5, 2, 2.5, 3)
 AT_ONCE = 4  # methods that share one run of full precision
 Makers = dict[str, tuple[Callable[[], list[Any]], float]]
 
 
-def methods(model: Any, tokenizer: Any, head_dim: int, codec: Codec, bits: list[float], only: set[str]) -> Makers:
+def methods(
+    model: Any,
+    tokenizer: Any,
+    head_dim: int,
+    codec: Codec,
+    bits: list[float],
+    only: set[str],
+    scalar: Codec | None = None,
+) -> Makers:
     """name -> (function that makes the caches, true bits of the codes)."""
     table: Makers = {"full precision": ((lambda: own_caches(model)), 16.0)}
     for b in bits:
@@ -48,13 +54,18 @@ def methods(model: Any, tokenizer: Any, head_dim: int, codec: Codec, bits: list[
         change = measure.affine(b)
         table[f"mlx affine {b}"] = (lambda c=change: measure.baseline_caches(model, c)), b + 32 / 64
         table[f"mlx as shipped {b}"] = (lambda c=change: _stock(model, c)), b + 32 / 64
-    for b in BOUND_BITS:
+    for b in bits if scalar else []:
+        table[f"scalar {b:g}"] = (lambda b=b: measure.scalar_caches(model, scalar, b)), 0.0
+    for b in bound.BITS:
         table[f"bound {b:g}"] = bound.caches_of(model, codec, b), b
     if not only or any(name.startswith("documented") for name in only):
-        rotations = calibrate_spectral_rotation(model, tokenizer, 16, 1024)
+        rotations = measure.documented_rotations(model, tokenizer)
         for name, settings in DOCUMENTED.items():
             table[name] = (lambda s=settings: _documented(model, rotations, *s)), 0.0
-    return {name: row for name, row in table.items() if not only or name in only or name.split()[0] in only}
+    return {
+        name: row for name, row in table.items()
+        if not only or only & {name, name.split()[0], name.rsplit(" ", 1)[0]}
+    }  # fmt: skip
 
 
 def _stock(model: Any, change: Callable[[mx.array], mx.array]) -> list[Any]:
@@ -143,29 +154,30 @@ def main() -> None:
     )
     parser.add_argument("--bits", default="1,1.5,2,2.5,3,4")
     parser.add_argument("--only", default="", help="methods, or their first words, separated by commas; default: all")
-    parser.add_argument("--batch", type=int, help="texts at once; default: 8 on a CPU, 32 on a GPU")
+    parser.add_argument("--batch", type=int, help="texts at once; default: 8 on a CPU, 128 on a GPU")
     parser.add_argument("--codec", help="codec file; default: the stored or shipped one of the model")
+    parser.add_argument("--scalar-codec", help="codec of codes that stand alone (calibration.py --scalar), to compare")
     parser.add_argument("--out", type=pathlib.Path, help="default: results/quality-MODEL-CONTEXT-MODE.json")
     args = parser.parse_args()
-    model, tokenizer, head_dim = measure.load_model(args.model, keep=True)
-    codec = Codec.load(args.codec) if args.codec else codec_for(model, tokenizer)
-    identity = codec.identity
-    measure.to_float32(model, codec)
+    model, tokenizer, head_dim, codec, identity = measure.load_with_codec(args.model, args.codec)
     name = f"quality-{pathlib.Path(args.model).name}-{args.context}-{args.mode}"
     file = args.out or measure.RESULTS / f"{name}.json"
     old = json.loads(file.read_text()) if file.exists() else {}
     cells = old.get("cells", {})
     if old.get("codec_identity") != identity:
-        cells = {n: c for n, c in cells.items() if "/spectral" not in n and "/bound" not in n}
+        cells = {n: c for n, c in cells.items() if n.split("/")[1].split()[0] not in ("spectral", "bound", "scalar")}
     bits = [float(b) for b in args.bits.split(",")]
     only = {m for m in args.only.split(",") if m}
-    table = methods(model, tokenizer, head_dim, codec, bits, only)
+    scalar = Codec.load(args.scalar_codec) if args.scalar_codec else None
+    table = methods(model, tokenizer, head_dim, codec, bits, only, scalar)
     texts = texts_of(tokenizer, args.context, args.positions)
     wanted = [m for m in table if any(f"{d}/{m}" not in cells for d in texts)]
-    batch = args.batch or (32 if mx.default_device() == mx.gpu else 8)
+    on_gpu = mx.default_device() == mx.gpu
+    batch = args.batch or (128 if on_gpu else 8)
     predicted = {f"{b:g}": codec.predicted_kl(b) for b in bits} if codec.in_nats else {}
-    for i in range(0, len(wanted), AT_ONCE):
-        now = {m: table[m] for m in wanted[i : i + AT_ONCE]}
+    at_once = AT_ONCE * (2 if on_gpu else 1)
+    for i in range(0, len(wanted), at_once):
+        now = {m: table[m] for m in wanted[i : i + at_once]}
         cells |= measure_methods(model, now, texts, batch, STEPS[args.mode], f"{i + len(now)} of {len(wanted)} methods")
         measure.save(file, {"model": pathlib.Path(args.model).name, "context": args.context, "mode": args.mode,
                             "prefill": PREFILL, "codec": codec.provenance, "codec_identity": identity,

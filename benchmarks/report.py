@@ -9,36 +9,11 @@ import pathlib
 import re
 from typing import Any
 
+import quality_tables
+
 HERE = pathlib.Path(__file__).resolve().parent
 README = HERE.parent / "README.md"
 RESULTS = HERE / "results"
-
-
-def quality(result: dict[str, Any]) -> str:
-    """KL by method and domain, of one model and context."""
-    cells = result["cells"]
-    domains = sorted({name.split("/", 1)[0] for name in cells})
-    names = list(dict.fromkeys(name.split("/", 1)[1] for name in cells))
-    positions = min(c["positions"] for c in cells.values())
-    model = result["model"].removeprefix("quality-").rsplit("-", 1)[0]
-    lines = [
-        f"**{model}**, context {result['context']:,}, {positions:,} "
-        "positions a domain; mean KL in nats (top-1 agreement), same exact window of 128 for all:",
-        "",
-        "| cache | true bits | " + " | ".join(domains) + " |",
-        "|---|---|" + "---|" * len(domains),
-    ]
-    for name in names:
-        if name == "full precision":
-            continue
-        row = [cells.get(f"{d}/{name}") for d in domains]
-        if None in row:
-            continue
-        bold = "**" if name.startswith("spectral") else ""
-        bits = row[0]["true_bits"]
-        shown = [f"{c['kl']:.5f} ({c['top1']:.1%})" for c in row]
-        lines.append(f"| {bold}{name}{bold} | {bits:.2f} | " + " | ".join(shown) + " |")
-    return "\n".join(lines)
 
 
 def memory(result: dict[str, Any]) -> str:
@@ -76,11 +51,25 @@ def break_even(rows: dict[str, Any], full: dict[str, int], contexts: list[str], 
     return round(start / (full[contexts[-1]] / b - slope))
 
 
+def _results(pattern: str) -> list[dict[str, Any]]:
+    """Results by model, the smallest first, then by name."""
+    read = [json.loads(f.read_text()) for f in sorted(RESULTS.glob(pattern))]
+    return sorted(read, key=lambda r: ("tiny" not in r["model"], r["model"], r.get("mode", ""), r.get("context", 0)))
+
+
 def tables() -> dict[str, str]:
     """Marker -> table."""
-    files = sorted(RESULTS.glob("quality-*.json"), key=lambda f: "tiny" not in f.name)
+    quality = _results("quality-*.json")
+    decode = [r for r in quality if r["mode"] == "decode"]
+    short = [r for r in decode if r["context"] == min(d["context"] for d in decode)]
     return {
-        "quality": "\n\n".join(quality(json.loads(f.read_text())) for f in files),
+        "quality": "\n\n".join(
+            [quality_tables.by_domain(r) for r in short]
+            + [f(quality) for f in (quality_tables.summary, quality_tables.targets)]
+            + [quality_tables.predictions(decode)]
+        ),
+        "recall": quality_tables.recall(_results("recall-*.json")),
+        "calibration": quality_tables.calibrations(_results("calibration-*.json")),
         "memory": memory(json.loads((RESULTS / "memory.json").read_text())),
     }
 
@@ -90,6 +79,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true")
     args = parser.parse_args()
+    if not args.check:
+        decode = [r for r in _results("quality-*.json") if r["mode"] == "decode"]
+        quality_tables.plot(decode, RESULTS / "quality.png")
     old = new = README.read_text("utf-8")
     for marker, table in tables().items():
         pattern = rf"(<!-- {marker} -->\n).*?(<!-- /{marker} -->)"

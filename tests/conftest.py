@@ -139,6 +139,7 @@ REPLACED = [
     ("mlx_lm.utils", "load_model"),
     ("mlx.core.fast", "scaled_dot_product_attention"),
     ("mlx_lm.models.cache", "SpectralKVCache"),
+    ("mlx_lm.models.cache", "BatchSpectralKVCache"),
 ]
 
 

@@ -211,13 +211,11 @@ def test_what_mlx_lm_dispatches_on_is_hidden(lossless, count):
     cache = lossless()
     if count:
         Feed(1)(cache, count)
-    for name in ("to_quantized", "merge", "bits", "group_size", "__len__", "__bool__"):
+    for name in ("to_quantized", "bits", "group_size", "__len__", "__bool__"):
         assert not hasattr(cache, name)
     assert isinstance(cache, KVCache)
     with pytest.raises(AttributeError, match="a SpectralKVCache is quantized already; expected no --kv-bits"):
         cache.to_quantized(group_size=64, bits=4)
-    with pytest.raises(AttributeError, match="a SpectralKVCache cannot be merged into a batch yet"):
-        cache.merge([cache])
 
 
 def test_keys_are_set_only_where_there_are_some(lossless):

@@ -10,8 +10,9 @@ from conftest import like_calibrated, random_codec
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from vq_kvcache.chunks import MAX_CHUNKS, SMALLEST_CHUNK, fill_pages
 from vq_kvcache.spectral.spectral_quant import RawQuantizer
-from vq_kvcache.storage import BLOCK, LAG, SMALLEST_CHUNK, Storage, fill_pages, tokens_to_seal
+from vq_kvcache.storage import BLOCK, LAG, Storage, tokens_to_seal
 
 DTYPES = {"float16": mx.float16, "bfloat16": mx.bfloat16, "float32": mx.float32}
 
@@ -215,6 +216,45 @@ def test_growth_leaves_full_chunks_alone_and_reserves_a_quarter():
     assert len(storage.chunks) == 7
 
 
+def test_at_most_eight_chunks_whatever_was_packed():
+    """A ninth joins the two neighbours that are smallest together; no other is copied."""
+    storage, packed, copied = raw_storage(0, 0, heads=1, key_dims=1, value_dims=1), [], 0
+    for seed in range(400):
+        packed.append(tokens(64, heads=1, dims=1, seed=seed))
+        before = {id(c.words): c.tokens for c in storage.chunks if c.tokens == c.capacity}
+        storage.codes.append(storage.key_quantizer.encode_words(packed[-1]))
+        after = {id(c.words) for c in storage.chunks}
+        copied += sum(n for key, n in before.items() if key not in after)
+        assert len(storage.chunks) <= MAX_CHUNKS
+        assert all(c.tokens == c.capacity for c in storage.chunks[:-1])
+        assert storage.chunks[-1].capacity <= fill_pages(max(SMALLEST_CHUNK, storage.packed_tokens // 4), 4)
+    assert len(storage.chunks) == MAX_CHUNKS
+    assert copied < storage.packed_tokens / 2
+    held = storage.key_quantizer.decode_words(storage.codes.words(0, storage.packed_tokens))
+    assert mx.array_equal(held, mx.concatenate(packed, axis=2))
+
+
+def test_the_rows_of_a_snapshot_say_where_its_tokens_are():
+    storage, keys, _ = filled(400, step=50)
+    snapshot = storage.snapshot()
+    assert snapshot.exact_keys is storage.exact_keys
+    assert snapshot.exact_values is storage.exact_values
+    assert snapshot.exact_keys.shape[2] > 4 + 76
+    assert snapshot.rows.dtype == mx.int32
+    assert snapshot.rows.tolist() == [[4, 4, 80, 320]]
+    exact = numpy(snapshot.exact_keys)
+    np.testing.assert_array_equal(exact[:, :, :4], keys[:, :, :4])
+    np.testing.assert_array_equal(exact[:, :, 4:80], keys[:, :, -76:])
+    assert raw_storage().layout.array.shape == (0, 4)
+
+
+def test_states_that_are_equal_share_their_rows():
+    first, second = filled(400)[0], filled(400)[0]
+    assert first.snapshot().rows is second.snapshot().rows
+    second.append(tokens(1), tokens(1))
+    assert first.snapshot().rows is not second.snapshot().rows
+
+
 def test_the_exact_buffers_never_grow_with_the_context():
     storage = filled(2000, window=32, sinks=4, step=100)[0]
     assert (
@@ -236,7 +276,7 @@ def test_a_snapshot_reads_words_across_chunks():
 
 
 def every_array(storage):
-    held = [vars(storage), *(vars(chunk) for chunk in storage.chunks)]
+    held = [vars(storage), vars(storage.codes), *(vars(chunk) for chunk in storage.chunks)]
     return [a for fields in held for a in fields.values() if isinstance(a, mx.array)]
 
 
@@ -283,7 +323,7 @@ def _negative_sinks(storage):
 
 
 def _fewer_values_than_keys(storage):
-    storage.exact_values = storage.exact_values[:, :, : storage.exact_tokens - 1]
+    storage.exact_values = storage.exact_values[:, :, :-1]
 
 
 def _another_batch_of_values(storage):
@@ -297,6 +337,14 @@ def _fewer_words(storage):
 def _fewer_places(storage):
     storage.chunks[0].words = storage.chunks[0].words[..., :-1]
     storage.chunks[0].tokens = storage.chunks[0].capacity + 1
+
+
+def _fewer_sinks_than_asked_for(storage):
+    storage.held_sinks -= 1
+
+
+def _more_chunks_than_a_kernel_takes(storage):
+    storage.codes.held = storage.chunks * (MAX_CHUNKS + 1)
 
 
 def _another_batch_of_words(storage):
@@ -321,6 +369,7 @@ def _empty_chunk(storage):
         _without_exact, _more_tokens_than_places, _more_sinks_than_tokens, _negative_sinks, _fewer_values_than_keys,
         _another_batch_of_values, _fewer_words, _fewer_places, _another_batch_of_words, _words_of_another_type,
         _more_packed_than_places, _empty_chunk,
+        _fewer_sinks_than_asked_for, _more_chunks_than_a_kernel_takes,
     ],
 )  # fmt: skip
 def test_check_refuses_what_does_not_fit(damage):

@@ -4,20 +4,29 @@ The packed part is never turned back: queries go into the basis of the codes, re
 merge: online softmax (Milakov & Gimelshein, arXiv 1805.02867), as in FlashAttention.
 """
 
+import functools
 import itertools
+import warnings
+from collections.abc import Callable
 from typing import Literal
 
 import mlx.core as mx
 
+from . import kernels
+from .kernels import launches
+from .rows import Rows
 from .spectral.intercept import original_attention
 from .storage import Snapshot
 
 Mask = mx.array | Literal["causal"] | None
+Part = Literal["sinks", "packed", "window"]
+Run = Callable[[kernels.Launch, str], list[mx.array]]
 
 # Temporaries beyond a few MB leave the cache of a CPU, and beyond 32 MB cost it page faults (7-13 times slower).
 TILE_BYTES = 4 << 20
 GPU_TILE_BYTES = 128 << 20  # there, launches cost more
 COPIES = 12  # of a tile's levels that unpacking holds at once: MLX keeps up to ten operations in flight
+DECODED_BYTES = 512 << 20  # of one layer's keys and values, for the time of a prompt chunk's attention
 LOWEST = -1e30  # stands for minus infinity: finite, so that rows without any visible key stay free of NaN
 
 
@@ -26,6 +35,8 @@ def attend_reference(
 ) -> mx.array:
     """The definition of correct: decode everything, then one scaled_dot_product_attention. Shapes as in `attend`."""
     keys, values = snapshot.decoded()
+    if not snapshot.layout.alike:
+        mask = _within_rows(snapshot.layout, mask, queries.shape[2])
     return original_attention()(queries, keys, values, scale=scale, mask=mask, sinks=sinks)
 
 
@@ -34,17 +45,98 @@ def attend(
 ) -> mx.array:
     """Attention of queries [B, Hq, L, D] over the snapshot -> [B, Hq, L, Dv] in the queries' dtype.
 
-    mask: None, "causal" (aligned at the last token), or an array that broadcasts to [B, Hq, L, T]: bool (True is
-    visible) or additive. sinks: a logit [Hq] of every query that takes weight and gives nothing (attention sinks).
+    mask: None (every token), "causal" (aligned at the last token of each row), or an array that broadcasts to
+    [B, Hq, L, T]: bool (True is visible) or additive; position j is token j of a row, and positions beyond a row's
+    length are invisible whatever it says. sinks: a logit [Hq] of every query that takes weight and gives nothing
+    (attention sinks).
     """
     if not snapshot.packed:
-        keys, values = snapshot.exact_keys, snapshot.exact_values
-        return original_attention()(queries, keys, values, scale=scale, mask=mask, sinks=sinks)
+        return attend_reference(snapshot, queries, scale, mask, sinks)
+    place = kernels.backend()
+    # The kernels' tables place values' words behind the keys'.
+    if place != "ops" and not snapshot.keys_twice and launches.fits(snapshot, queries, place) and trusted(place):
+        if queries.shape[2] <= launches.MOST_QUERIES:
+            return attend_codes(snapshot, queries, scale, mask, sinks, place)
+        if snapshot.layout.alike and _decoded_bytes(snapshot, 1) <= DECODED_BYTES:
+            return _attend_decoded(snapshot, queries, scale, mask, sinks, place)
+    return attend_ops(snapshot, queries, scale, mask, sinks)
+
+
+def attend_codes(
+    snapshot: Snapshot,
+    queries: mx.array,
+    scale: float,
+    mask: Mask,
+    sinks: mx.array | None,
+    place: str,
+    run: Run = kernels.run,
+) -> mx.array:
+    """`attend` by the kernels, for at most launches.MOST_QUERIES tokens; `run` launches one at `place`."""
+    launch, rest = launches.attend(snapshot, queries, scale, mask, sinks, place)
+    return run(launches.merge(run(launch, place), rest), place)[0]
+
+
+def _decoded_bytes(snapshot: Snapshot, heads: int) -> int:
+    keys, values = snapshot.exact_keys, snapshot.exact_values
+    token = keys.shape[3] * keys.dtype.size + values.shape[3] * values.dtype.size
+    return int(keys.shape[0] * heads * snapshot.length * token)
+
+
+def _attend_decoded(
+    snapshot: Snapshot, queries: mx.array, scale: float, mask: Mask, sinks: mx.array | None, place: str
+) -> mx.array:
+    """For prompts: MLX's own attention over a decoding of as many heads at a time as DECODED_BYTES hold."""
+    heads, query_heads = snapshot.exact_keys.shape[1], queries.shape[1]
+    most, group = max(DECODED_BYTES // _decoded_bytes(snapshot, 1), 1), query_heads // heads
+    results: list[mx.array] = []
+    for first in range(0, heads, most):
+        count = min(most, heads - first)
+        rows = slice(first * group, (first + count) * group)
+        q = queries[:, rows]
+        if results:  # one after the other, or the decodings of all would be held
+            q = mx.depends([q], [results[-1]])[0]
+        keys, values = (
+            snapshot.in_order(
+                exact[:, first : first + count], launches.decode_heads(snapshot, part, first, count, place)
+            )
+            for part, exact in enumerate((snapshot.exact_keys, snapshot.exact_values))
+        )
+        own = mask[:, rows] if isinstance(mask, mx.array) and mask.ndim == 4 and mask.shape[1] == query_heads else mask
+        logits = None if sinks is None else sinks[rows]
+        results.append(original_attention()(q, keys, values, scale=scale, mask=own, sinks=logits))
+    return results[0] if len(results) == 1 else mx.concatenate(results, axis=1)
+
+
+@functools.cache
+def trusted(place: str) -> bool:
+    """Whether the kernels of this back-end agree with `attend_reference` here: three small shapes, once a process.
+
+    False, with a warning, when they do not or fail to build.
+    """
+    from .doctor import first_wrong
+
+    try:
+        wrong = first_wrong(place)
+    except RuntimeError as error:
+        wrong = str(error).strip().splitlines()[0]
+    if wrong:
+        warnings.warn(
+            f"the {place} kernels do not work here ({wrong}): plain operations are used, which are slower; "
+            "`vq_kvcache doctor` tells more.",
+            stacklevel=2,
+        )
+    return not wrong
+
+
+def attend_ops(
+    snapshot: Snapshot, queries: mx.array, scale: float, mask: Mask = None, sinks: mx.array | None = None
+) -> mx.array:
+    """`attend` in plain operations, for any quantizers and on any device."""
     batch, query_heads, length, dims = queries.shape
     heads = snapshot.exact_keys.shape[1]
     rows = (batch, heads, query_heads // heads * length, dims)  # the queries of a group attend to the same codes
     q = queries.astype(mx.float32).reshape(rows) * scale
-    visible = _Visible(mask, snapshot.length, length, query_heads, heads)
+    visible = _Visible(mask, snapshot.layout, length, query_heads, heads)
     merged = _packed_part(snapshot, q, visible)
     merged = _exact_part(snapshot, q, visible, merged)
     if sinks is not None:
@@ -60,7 +152,7 @@ Running = tuple[mx.array, mx.array, mx.array]
 def _packed_part(snapshot: Snapshot, q: mx.array, visible: "_Visible") -> Running:
     folded, constant = snapshot.key_quantizer.fold_queries(q)
     running: Running | None = None
-    tokens, first = snapshot.packed_tokens, snapshot.sinks
+    tokens = snapshot.packed_tokens
     tile = _tile_tokens(snapshot, q.shape[0] * q.shape[1] * q.shape[2])
     for start in range(0, tokens, tile):
         end = min(start + tile, tokens)
@@ -68,7 +160,7 @@ def _packed_part(snapshot: Snapshot, q: mx.array, visible: "_Visible") -> Runnin
         # MLX evaluates side by side what does not depend on each other: without this, all tiles of all layers at once.
         key_words = mx.depends([key_words], [folded if running is None else running[2]])[0]
         scores = folded @ snapshot.key_quantizer.decode_levels(key_words) + constant
-        scores = visible.hide(scores, first + start, first + end)
+        scores = visible.hide(scores, "packed", start, end)
         levels = snapshot.value_quantizer.decode_levels(mx.depends([value_words], [scores])[0])
         running = _attend_tile(running, scores, levels.swapaxes(-1, -2))
     assert running is not None  # attend() is called with something packed
@@ -77,17 +169,17 @@ def _packed_part(snapshot: Snapshot, q: mx.array, visible: "_Visible") -> Runnin
 
 
 def _exact_part(snapshot: Snapshot, q: mx.array, visible: "_Visible", running: Running) -> Running:
-    sinks, packed = snapshot.sinks, snapshot.packed_tokens
-    keys, values = snapshot.exact_keys.astype(mx.float32), snapshot.exact_values.astype(mx.float32)
-    tokens = keys.shape[2]
+    layout = snapshot.layout
+    sinks, start, end = max(layout.held_sinks), min(layout.window_start), layout.window_end
     tile = max(_tile_bytes() // 4 // max(q.shape[0] * q.shape[1] * q.shape[2], 1), 64)
     # Sinks and window are apart in the sequence, so a tile never spans both.
-    edges = [0, *range(sinks, tokens, tile), tokens] if sinks else [*range(0, tokens, tile), tokens]
-    for start, end in itertools.pairwise(edges):
-        shift = 0 if start < sinks else packed
-        scores = mx.depends([q], [running[2]])[0] @ keys[:, :, start:end].swapaxes(-1, -2)
-        scores = visible.hide(scores, start + shift, end + shift)
-        running = _attend_tile(running, scores, values[:, :, start:end])
+    tiles: list[tuple[Part, int, int]] = [("sinks", 0, sinks)] if sinks else []
+    tiles += [("window", a, b) for a, b in itertools.pairwise([*range(start, end, tile), end])]
+    for part, a, b in tiles:
+        keys = snapshot.exact_keys[:, :, a:b].astype(mx.float32)
+        scores = mx.depends([q], [running[2]])[0] @ keys.swapaxes(-1, -2)
+        scores = visible.hide(scores, part, a, b)
+        running = _attend_tile(running, scores, snapshot.exact_values[:, :, a:b].astype(mx.float32))
     return running
 
 
@@ -119,11 +211,22 @@ def _merge(running: Running, top: mx.array, total: mx.array, output: mx.array | 
     return new_top, old_total * old_scale + total * scale, merged if output is None else merged + output * scale
 
 
-class _Visible:
-    """Which of the T positions each query may see, a range of positions at a time."""
+def _within_rows(layout: Rows, mask: Mask, length: int) -> mx.array:
+    """The mask, [B, *, L or 1, T], with positions beyond a row's length hidden."""
+    position, tokens = mx.arange(layout.length), layout.tokens[:, None, None, None]
+    if isinstance(mask, str):
+        return position <= tokens - length + mx.arange(length)[:, None]
+    inside = position < tokens
+    if mask is None:
+        return inside
+    return mask & inside if mask.dtype == mx.bool_ else mx.where(inside, mask, mx.array(-mx.inf, mask.dtype))
 
-    def __init__(self, mask: Mask, positions: int, length: int, query_heads: int, heads: int) -> None:
-        self._positions, self._length, self._heads = positions, length, heads
+
+class _Visible:
+    """Which tokens each query may see, a range of columns of one part at a time."""
+
+    def __init__(self, mask: Mask, layout: Rows, length: int, query_heads: int, heads: int) -> None:
+        self._layout, self._length, self._heads = layout, length, heads
         self._group = query_heads // heads
         self._mask = mask
         if isinstance(mask, mx.array):
@@ -131,20 +234,59 @@ class _Visible:
             shape = (wide.shape[0], heads, self._group) if wide.shape[1] == query_heads else (wide.shape[0], 1, 1)
             self._mask = wide.reshape(*shape, *wide.shape[2:])
 
-    def hide(self, scores: mx.array, start: int, end: int) -> mx.array:
-        """Scores [B, H, G * L, end - start] with those of positions that are not visible lowered."""
-        if self._mask is None or (self._length == 1 and isinstance(self._mask, str)):
-            return scores
-        if isinstance(self._mask, str):
-            first = self._positions - self._length  # position of the first query
-            if end - 1 <= first:
-                return scores
-            mask = mx.arange(first, self._positions)[:, None] >= mx.arange(start, end)[None]
+    def hide(self, scores: mx.array, part: Part, start: int, end: int) -> mx.array:
+        """Scores [B, H, G * L, end - start] of columns start..end with those that are not visible lowered."""
+        if self._layout.alike:
+            mask = self._of_positions(start + self._shift(part), end + self._shift(part))
         else:
-            mask = self._mask if self._mask.shape[-1] == 1 else self._mask[..., start:end]
+            mask = self._of_columns(part, start, end)
+        if mask is None:
+            return scores
         grouped = scores.reshape(scores.shape[0], self._heads, self._group, self._length, end - start)
         if mask.dtype == mx.bool_:
             grouped = mx.where(mask, grouped, LOWEST)
         else:
             grouped = mx.maximum(grouped + mask.astype(mx.float32), LOWEST)
         return grouped.reshape(scores.shape)
+
+    def _shift(self, part: Part) -> int:
+        """From a column to the position of its token, in rows that are alike."""
+        sinks, window = self._layout.held_sinks[0], self._layout.window_start[0]
+        return {"sinks": 0, "packed": sinks, "window": sinks + self._layout.packed_tokens[0] - window}[part]
+
+    def _of_positions(self, start: int, end: int) -> mx.array | None:
+        """The mask of positions start..end, the same in all rows; None where everything is visible."""
+        if self._mask is None or (self._length == 1 and isinstance(self._mask, str)):
+            return None
+        if isinstance(self._mask, str):
+            first = self._layout.length - self._length  # position of the first query
+            if end - 1 <= first:
+                return None
+            return mx.arange(first, self._layout.length)[:, None] >= mx.arange(start, end)[None]
+        return self._mask if self._mask.shape[-1] == 1 else self._mask[..., start:end]
+
+    def _of_columns(self, part: Part, start: int, end: int) -> mx.array | None:
+        """The mask of columns start..end, whose tokens are at positions of their own in every row."""
+        held, first, _, packed = (self._layout.column(i) for i in range(4))
+        column = mx.arange(start, end)[None]
+        everywhere = part == "packed" and end <= min(self._layout.packed_tokens)
+        if everywhere and self._mask is None:
+            return None
+        present, position = {
+            "sinks": (column < held, column),
+            "packed": (column < packed, column + held),
+            "window": (column >= first, column - first + held + packed),
+        }[part]
+        present, position = (x[:, None, None, None] for x in (present, position))
+        if isinstance(self._mask, str):
+            last = self._layout.tokens[:, None, None, None, None] - self._length + mx.arange(self._length)[:, None]
+            return present & (position <= last)
+        if self._mask is None or self._mask.shape[-1] == 1:
+            return present if self._mask is None else self._where_present(present, self._mask)
+        position = mx.broadcast_to(mx.clip(position, 0, self._layout.length - 1), (len(held), 1, 1, 1, end - start))
+        rows = mx.broadcast_to(self._mask, (len(held), *self._mask.shape[1:]))
+        return self._where_present(present, mx.take_along_axis(rows, position, axis=-1))
+
+    @staticmethod
+    def _where_present(present: mx.array, mask: mx.array) -> mx.array:
+        return present & mask if mask.dtype == mx.bool_ else mx.where(present, mask, mx.array(LOWEST, mx.float32))

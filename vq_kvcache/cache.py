@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -11,12 +11,13 @@ import numpy as np
 from mlx_lm.models.cache import KVCache, create_attention_mask
 
 from .attention import attend
+from .chunks import Chunk, Chunks
 from .drift import Drift, warn_once
 from .shards import Share
 from .spectral.codec import Bits, Codec, CodecError, Plan, as_pair, budget_of, find_codec
 from .spectral.intercept import Handle, is_pair
 from .spectral.spectral_quant import Quantizer, RawQuantizer
-from .storage import BLOCK, LAG, Chunk, Snapshot, Storage
+from .storage import BLOCK, LAG, Snapshot, Storage
 
 LOSSLESS = Plan("lossless", "", {})
 # mlx-lm before 0.32 saves the arrays of a state only, and has `meta_state`; later ones save scalars and strings too.
@@ -97,7 +98,110 @@ class _View:
         return attend(snapshot, queries, options["scale"], options.get("mask"), options.get("sinks"))
 
 
-class SpectralKVCache(KVCache):  # type: ignore[misc]  # mlx-lm is untyped
+class Planned:
+    """What a cache of one layer is packed by: plan, layer, window and sinks."""
+
+    _plan: Plan | None
+    _plan_name: str
+    _fingerprint: str
+    _layer: int
+    _window: int
+    _sinks: int
+
+    def _set_plan(self, plan: Plan | None, layer: int, window: int, sinks: int) -> None:
+        if plan is None:
+            raise ValueError(
+                f"{type(self).__name__} was made without a plan; expected a codec's; use "
+                "vq_kvcache.make_prompt_cache(model)."
+            )
+        if plan is not LOSSLESS and layer not in plan.layers:
+            raise CodecError(f"the codec has no layer {layer}; it has {sorted(plan.layers)}; use this model's codec.")
+        self._plan = plan
+        self._plan_name, self._fingerprint, self._layer = plan.name, plan.fingerprint, layer
+        self._window, self._sinks = window, sinks
+
+    def _take_plan(self, other: "Planned") -> None:
+        self._plan, self._plan_name, self._fingerprint = other._plan, other._plan_name, other._fingerprint
+        self._layer, self._window, self._sinks = other._layer, other._window, other._sinks
+
+    @property
+    def _settings(self) -> dict[str, Any]:
+        return {
+            "plan": self._plan_name, "fingerprint": self._fingerprint, "layer": self._layer,
+            "window": self._window, "sinks": self._sinks,
+        }  # fmt: skip
+
+    def _require_same(self, other: "Planned") -> None:
+        """CodecError unless the tokens of both are packed alike: those of one batch have to be."""
+        for name, own in self._settings.items():
+            if own != (theirs := other._settings[name]):
+                raise CodecError(
+                    f"caches of {name} {own!r} and {theirs!r} were put into one batch; expected one {name}; make all "
+                    "of them with the same options."
+                )
+
+    def _require_plan(self) -> Plan:
+        if self._plan is None:
+            self._plan = find_plan(self._plan_name, self._fingerprint)
+        return self._plan
+
+    def _quantizers(self, keys: mx.array, values: mx.array) -> tuple[Quantizer, Quantizer]:
+        layer = self._require_plan().layers.get(self._layer)
+        pair = []
+        for name, x in (("keys", keys), ("values", values)):
+            quantizer = None if layer is None else getattr(layer, name)
+            heads, dims = x.shape[1], x.shape[3]
+            if quantizer is None:
+                pair.append(RawQuantizer(heads, dims, x.dtype))
+                continue
+            if (quantizer.layout.heads, quantizer.head_dim) != (heads, dims):
+                raise CodecError(
+                    f"{name} have {heads} heads of {dims}; the codec is for {quantizer.layout.heads} of "
+                    f"{quantizer.head_dim}; use this model's codec."
+                )
+            pair.append(quantizer)
+        return pair[0], pair[1]
+
+    @staticmethod
+    def _as_state(text: str, arrays: list[mx.array]) -> list[Any]:
+        """A description, then the arrays. mlx-lm < 0.32 saves nothing but arrays, so there the description is one, of
+        its bytes."""
+        return [mx.array(list(text.encode()), mx.uint8) if ARRAYS_ONLY else text, *arrays]
+
+    @staticmethod
+    def _of_state(value: Any) -> tuple[Any, list[mx.array]]:
+        items = list(value)
+        first = items.pop(0) if items else None
+        if isinstance(first, mx.array) and first.dtype == mx.uint8:
+            first = np.array(first).tobytes()
+        return first, items
+
+    def _read_description(self, text: Any) -> dict[str, Any]:
+        """Take the settings from the description; returns what else it says of what is held, if anything is."""
+        try:
+            fields = json.loads(text)
+            if fields["format"] != 1:
+                raise ValueError(f"format {fields['format']}")
+            self._plan = None
+            self._plan_name, self._fingerprint = str(fields["plan"]), str(fields["fingerprint"])
+            self._layer, self._window, self._sinks = (int(fields[n]) for n in ("layer", "window", "sinks"))
+            return self._read_held(fields)
+        except (TypeError, ValueError, KeyError) as error:
+            raise ValueError(
+                f"the saved state is not a {type(self).__name__}'s ({error}); expected one of this version; make it "
+                "again."
+            ) from None
+
+    def _read_held(self, fields: dict[str, Any]) -> dict[str, Any]:
+        raise NotImplementedError
+
+    @staticmethod
+    def _require_arrays(arrays: list[mx.array], count: int) -> None:
+        if len(arrays) != count or any(a.ndim != 4 for a in arrays[:2]):
+            raise ValueError(f"the saved state holds {len(arrays)} arrays; expected {count}; the file is damaged.")
+
+
+class SpectralKVCache(Planned, KVCache):  # type: ignore[misc]  # mlx-lm is untyped
     """Keys and values of one layer: first tokens and newest tokens exact, the rest packed.
 
     Made by `vq_kvcache.make_prompt_cache`, or per layer from a plan: `SpectralKVCache(codec.plan(2.0), layer=3)`.
@@ -107,15 +211,7 @@ class SpectralKVCache(KVCache):  # type: ignore[misc]  # mlx-lm is untyped
     step = BLOCK
 
     def __init__(self, plan: Plan | None = None, layer: int = 0, window: int = 128, sinks: int = 4) -> None:
-        if plan is None:
-            raise ValueError(
-                "SpectralKVCache was made without a plan; expected a codec's; use vq_kvcache.make_prompt_cache(model)."
-            )
-        if plan is not LOSSLESS and layer not in plan.layers:
-            raise CodecError(f"the codec has no layer {layer}; it has {sorted(plan.layers)}; use this model's codec.")
-        self._plan: Plan | None = plan
-        self._plan_name, self._fingerprint, self._layer = plan.name, plan.fingerprint, layer
-        self._window, self._sinks = window, sinks
+        self._set_plan(plan, layer, window, sinks)
         self._storage: Storage | None = None
 
     @staticmethod
@@ -189,10 +285,14 @@ class SpectralKVCache(KVCache):  # type: ignore[misc]  # mlx-lm is untyped
         """Hidden: mlx-lm would turn this cache into its own quantized one."""
         raise AttributeError("a SpectralKVCache is quantized already; expected no --kv-bits; use --kv-avg-bits.")
 
-    @property
-    def merge(self) -> Any:
-        """Hidden: no batches yet, and mlx-lm takes whatever has `merge` for a cache that can be batched."""
-        raise AttributeError("a SpectralKVCache cannot be merged into a batch yet; serve the requests one by one.")
+    # -- batches
+
+    @classmethod
+    def merge(cls, caches: Sequence["SpectralKVCache"]) -> Any:
+        """A BatchSpectralKVCache of the sequences of these caches; see its `merge`."""
+        from .batch_cache import BatchSpectralKVCache  # which makes caches of this class
+
+        return BatchSpectralKVCache.merge(caches)
 
     # -- what pipelines touch
 
@@ -219,19 +319,13 @@ class SpectralKVCache(KVCache):  # type: ignore[misc]  # mlx-lm is untyped
 
     @property
     def state(self) -> Any:
-        """Everything held: a description, then the arrays. mlx-lm < 0.32 saves nothing but arrays, so there the
-        description is one, of its bytes."""
-        text = self._describe()
-        first = mx.array(list(text.encode()), mx.uint8) if ARRAYS_ONLY else text
-        return [first, *([] if self._storage is None else self._storage.arrays)]
+        """Everything held: a description, then the arrays."""
+        return self._as_state(self._describe(), [] if self._storage is None else self._storage.arrays)
 
     @state.setter
     def state(self, value: Any) -> None:
-        items = list(value)
-        first = items.pop(0) if items else None
-        if isinstance(first, mx.array) and first.dtype == mx.uint8:
-            first = np.array(first).tobytes()
-        self._restore(self._read_description(first), items)
+        text, arrays = self._of_state(value)
+        self._restore(self._read_description(text), arrays)
 
     @property
     def meta_state(self) -> Any:
@@ -298,28 +392,6 @@ class SpectralKVCache(KVCache):  # type: ignore[misc]  # mlx-lm is untyped
 
     # -- inside
 
-    def _require_plan(self) -> Plan:
-        if self._plan is None:
-            self._plan = find_plan(self._plan_name, self._fingerprint)
-        return self._plan
-
-    def _quantizers(self, keys: mx.array, values: mx.array) -> tuple[Quantizer, Quantizer]:
-        layer = self._require_plan().layers.get(self._layer)
-        pair = []
-        for name, x in (("keys", keys), ("values", values)):
-            quantizer = None if layer is None else getattr(layer, name)
-            heads, dims = x.shape[1], x.shape[3]
-            if quantizer is None:
-                pair.append(RawQuantizer(heads, dims, x.dtype))
-                continue
-            if (quantizer.layout.heads, quantizer.head_dim) != (heads, dims):
-                raise CodecError(
-                    f"{name} have {heads} heads of {dims}; the codec is for {quantizer.layout.heads} of "
-                    f"{quantizer.head_dim}; use this model's codec."
-                )
-            pair.append(quantizer)
-        return pair[0], pair[1]
-
     def _storage_for(self, keys: mx.array, values: mx.array) -> Storage:
         if self._storage is None:
             self._storage = Storage(*self._quantizers(keys, values), self._window, self._sinks)
@@ -336,50 +408,31 @@ class SpectralKVCache(KVCache):  # type: ignore[misc]  # mlx-lm is untyped
             "exact_tokens": storage.exact_tokens, "held_sinks": storage.held_sinks,
             "chunks": [chunk.tokens for chunk in storage.chunks],
         }  # fmt: skip
-        settings = {
-            "plan": self._plan_name, "fingerprint": self._fingerprint, "layer": self._layer,
-            "window": self._window, "sinks": self._sinks,
-        }  # fmt: skip
-        return json.dumps({"format": 1, **settings, **held})
+        return json.dumps({"format": 1, **self._settings, **held})
 
-    def _read_description(self, text: Any) -> dict[str, Any]:
-        try:
-            fields = json.loads(text)
-            if fields["format"] != 1:
-                raise ValueError(f"format {fields['format']}")
-            self._plan = None
-            self._plan_name, self._fingerprint = str(fields["plan"]), str(fields["fingerprint"])
-            self._layer, self._window, self._sinks = (int(fields[n]) for n in ("layer", "window", "sinks"))
-            held: dict[str, Any] = {}
-            if "chunks" in fields:
-                held = {n: int(fields[n]) for n in ("exact_tokens", "held_sinks")}
-                held["chunks"] = [int(n) for n in fields["chunks"]]
-            return held
-        except (TypeError, ValueError, KeyError) as error:
-            raise ValueError(
-                f"the saved state is not a SpectralKVCache's ({error}); expected one of this version; make it again."
-            ) from None
+    def _read_held(self, fields: dict[str, Any]) -> dict[str, Any]:
+        if "chunks" not in fields:
+            return {}
+        held: dict[str, Any] = {n: int(fields[n]) for n in ("exact_tokens", "held_sinks")}
+        return {**held, "chunks": [int(n) for n in fields["chunks"]]}
 
     def _restore(self, held: dict[str, Any], arrays: list[mx.array]) -> None:
         if not held:
             self._storage = None
             return
         tokens = held["chunks"]
-        if len(arrays) != 2 + len(tokens) or any(a.ndim != 4 for a in arrays[:2]):
-            raise ValueError(
-                f"the saved state holds {len(arrays)} arrays; expected {2 + len(tokens)}; the file is damaged."
-            )
+        self._require_arrays(arrays, 2 + len(tokens))
         storage = Storage(*self._quantizers(arrays[0], arrays[1]), self._window, self._sinks)
         storage.exact_keys, storage.exact_values = arrays[:2]
         storage.exact_tokens, storage.held_sinks = held["exact_tokens"], held["held_sinks"]
-        storage.chunks = [Chunk(words, n) for words, n in zip(arrays[2:], tokens, strict=True)]
+        storage.codes = Chunks([Chunk(words, n) for words, n in zip(arrays[2:], tokens, strict=True)])
         storage.check()
         self._storage = storage
 
 
 def _handles(snapshot: Snapshot) -> tuple[mx.array, mx.array]:
-    if not snapshot.packed:
-        return snapshot.exact_keys, snapshot.exact_values
-    view = _View(snapshot)
     keys, values = snapshot.decoded()
+    if not snapshot.packed:
+        return keys, values
+    view = _View(snapshot)
     return Handle(keys, view, "keys"), Handle(values, view, "values")

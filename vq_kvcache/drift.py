@@ -2,6 +2,7 @@
 
 import dataclasses
 import warnings
+from collections.abc import Sequence
 
 import mlx.core as mx
 import numpy as np
@@ -52,6 +53,12 @@ class DriftSums:
         self.sums = mx.stack(seen) if self.sums is None else self.sums + mx.stack(seen)
         result: mx.array = mx.depends([words], [self.sums])[0]
         return result
+
+    @classmethod
+    def total(cls, parts: Sequence["DriftSums"]) -> "DriftSums":
+        """The sums of all parts together."""
+        held = [part.sums for part in parts if part.sums is not None]
+        return cls(mx.stack(held).sum(axis=0) if held else None, sum(part.tokens for part in parts))
 
     def read(self) -> Drift | None:
         """The statistics so far; None before any."""

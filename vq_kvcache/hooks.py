@@ -19,6 +19,7 @@ import mlx.core as mx
 from mlx_lm.models import cache as mlx_lm_cache
 from mlx_lm.models.cache import KVCache
 
+from .batch_cache import BatchSpectralKVCache
 from .cache import LOSSLESS, CacheOptions, SpectralKVCache, register_plan
 from .shards import Share
 from .spectral import intercept
@@ -37,6 +38,7 @@ from .spectral.rotation_files import load_cached_rotations
 from .spectral.spectral_quant import SpectralRotation
 
 CacheChoice = type[KVCache] | CacheOptions | Sequence[Any]
+CLASSES = (SpectralKVCache, BatchSpectralKVCache)  # that prompt-cache files name
 SUPPORTED = "mlx-lm 0.31.3 to 0.32"
 
 
@@ -389,8 +391,9 @@ def uninstall() -> None:
     if _dispatch_held:
         intercept.disable()
         _dispatch_held = False
-    if getattr(mlx_lm_cache, "SpectralKVCache", None) is SpectralKVCache:
-        del mlx_lm_cache.SpectralKVCache
+    for own in CLASSES:
+        if getattr(mlx_lm_cache, own.__name__, None) is own:
+            delattr(mlx_lm_cache, own.__name__)
 
 
 def _module(name: str) -> Any:
@@ -401,7 +404,8 @@ def _require_dispatch() -> None:
     """Handles are attended, and load_prompt_cache, which looks classes up by name, finds ours."""
     global _dispatch_held
     check_mlx_lm()
-    mlx_lm_cache.SpectralKVCache = SpectralKVCache
+    for own in CLASSES:
+        setattr(mlx_lm_cache, own.__name__, own)
     if not _dispatch_held:
         intercept.enable()
         _dispatch_held = True

@@ -1,21 +1,22 @@
 """What one layer holds: exact first tokens (sinks), packed codes, exact newest tokens (window). Bytes, no meaning.
 
 Token positions 0 .. length - 1 lie as  sinks | packed | window.  Sinks and window share one buffer per keys and values;
-packed tokens lie in chunks that are never moved once written.
+packed tokens lie in chunks that are hardly ever moved once written.
 """
 
 import dataclasses
-import mmap
+from collections.abc import Callable
 
 import mlx.core as mx
 
+from .chunks import MAX_CHUNKS, Chunk, Chunks, fill_pages, words_between, written
 from .drift import DriftSums
+from .kernels.launches import encode_words
+from .rows import Rows, rows_of
 from .spectral.spectral_quant import Quantizer
 
 BLOCK = 64  # tokens that are packed together
 LAG = 16  # tokens that a seal stays behind the window, so that a speculative rollback never lands in codes
-SMALLEST_CHUNK = 512  # tokens; a later chunk holds a quarter of what is packed already
-ALLOCATOR_BYTES = 64  # at most, that an allocator adds to a buffer before it rounds up to whole pages
 
 
 def tokens_to_seal(newest: int, window: int) -> int:
@@ -27,40 +28,18 @@ def tokens_to_seal(newest: int, window: int) -> int:
     return max(0, newest - window - LAG) // BLOCK * BLOCK
 
 
-def fill_pages(tokens: int, token_bytes: int) -> int:
-    """The most tokens of `token_bytes` each that take no more memory pages than `tokens` do: room that a buffer of
-    `tokens` would waste."""
-    if token_bytes == 0:
-        return tokens
-    pages = -(-(tokens * token_bytes + ALLOCATOR_BYTES) // mmap.PAGESIZE)
-    return (pages * mmap.PAGESIZE - ALLOCATOR_BYTES) // token_bytes
-
-
-@dataclasses.dataclass
-class Chunk:
-    """Packed tokens: words uint32 [B, W, capacity], those of keys and then those of values; `tokens` are valid."""
-
-    words: mx.array
-    tokens: int
-
-    @property
-    def capacity(self) -> int:
-        """Tokens it can hold."""
-        return int(self.words.shape[-1])
-
-
 @dataclasses.dataclass(frozen=True)
 class Snapshot:
     """The content of a Storage at one moment; later appends do not change it.
 
-    exact_keys, exact_values: [B, H, E, D], `sinks` first tokens and then the newest.  packed: (words of keys and
-    values, valid tokens) of each chunk, oldest first.
+    exact_keys, exact_values: [B, H, C, D], the whole buffers; `layout` says which columns are whose.
+    packed: (words uint32 [B, W, capacity] of keys and then values, columns in use) of at most MAX_CHUNKS chunks.
     """
 
     exact_keys: mx.array
     exact_values: mx.array
-    sinks: int
     packed: tuple[tuple[mx.array, int], ...]
+    layout: Rows
     key_quantizer: Quantizer
     value_quantizer: Quantizer
     keys_twice: bool = False  # keys serve as values too, and what is stored as values is not attended to
@@ -72,39 +51,55 @@ class Snapshot:
         )
 
     @property
+    def rows(self) -> mx.array:
+        """int32 [B, 4]: held_sinks, window_start, window_end, packed_tokens of each row."""
+        return self.layout.array
+
+    @property
     def packed_tokens(self) -> int:
-        """Tokens held as codes."""
+        """Columns of packed tokens: those of the row that holds the most."""
         return sum(tokens for _, tokens in self.packed)
 
     @property
     def length(self) -> int:
-        """Tokens in all."""
-        return int(self.exact_keys.shape[2]) + self.packed_tokens
+        """Tokens of the longest row, T."""
+        return self.layout.length
 
     def words(self, start: int, end: int) -> tuple[mx.array, mx.array]:
         """Words [B, W, end - start] of keys and values of packed tokens start..end."""
-        parts, first = [], 0
-        for held, tokens in self.packed:
-            a, b = max(start - first, 0), min(end - first, tokens)
-            if a < b:
-                parts.append(held[..., a:b])
-            first += tokens
-        words = parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=-1)
-        split = self.key_quantizer.words
+        words, split = words_between(self.packed, start, end), self.key_quantizer.words
         return words[:, :split], words[:, :split] if self.keys_twice else words[:, split:]
 
-    def decoded(self) -> tuple[mx.array, mx.array]:
-        """All keys and all values, [B, H, length, D] in the model's dtype, as a lazy graph."""
-        dtype, s = self.exact_keys.dtype, self.sinks
-        if not self.packed:
-            return self.exact_keys, self.exact_values
-        key_words, value_words = self.words(0, self.packed_tokens)
-        keys = self.key_quantizer.decode_words(key_words, dtype)
-        values = self.value_quantizer.decode_words(value_words, self.exact_values.dtype)
-        return (
-            mx.concatenate([self.exact_keys[:, :, :s], keys, self.exact_keys[:, :, s:]], axis=2),
-            mx.concatenate([self.exact_values[:, :, :s], values, self.exact_values[:, :, s:]], axis=2),
-        )
+    def decoded(self, first: tuple[int, ...] | None = None, total: int | None = None) -> tuple[mx.array, mx.array]:
+        """All keys and all values, [B, H, T, D] in the model's dtype and the order of the sequence, as a lazy graph.
+
+        Token j of row b is in column j, or in first[b] + j of `total`; the columns of no token hold any numbers.
+        """
+        layout = self.layout
+        first = first or (0,) * len(layout.lengths)
+        total = layout.length if total is None else total
+        order = None if layout.alike and not any(first) and total == layout.length else layout.order(first, total)
+        middle: tuple[mx.array | None, mx.array | None] = (None, None)
+        if self.packed:
+            words = self.words(0, self.packed_tokens)
+            middle = (
+                self.key_quantizer.decode_words(words[0], self.exact_keys.dtype),
+                self.value_quantizer.decode_words(words[1], self.exact_values.dtype),
+            )
+        return self.in_order(self.exact_keys, middle[0], order), self.in_order(self.exact_values, middle[1], order)
+
+    def in_order(self, exact: mx.array, middle: mx.array | None, order: mx.array | None = None) -> mx.array:
+        """Exact [B, H, C, D] and decoded packed tokens [B, H, P, D] in the order of the sequence, [B, H, T, D]; `order`
+        as Rows.order gives it."""
+        sinks, start, end = max(self.layout.held_sinks), min(self.layout.window_start), self.layout.window_end
+        if order is not None and not self.length:
+            return mx.zeros((*exact.shape[:2], order.shape[1], exact.shape[3]), exact.dtype)
+        if middle is None and sinks == start:
+            parts = [exact if end == exact.shape[2] else exact[:, :, :end]]
+        else:
+            parts = [exact[:, :, :sinks], *([] if middle is None else [middle]), exact[:, :, start:end]]
+        result = parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=2)
+        return result if order is None else mx.take_along_axis(result, order[:, None, :, None], axis=2)
 
 
 class Storage:
@@ -117,13 +112,18 @@ class Storage:
         self.exact_values: mx.array | None = None
         self.exact_tokens = 0
         self.held_sinks = 0
-        self.chunks: list[Chunk] = []
+        self.codes = Chunks()
         self.drift = DriftSums()
+
+    @property
+    def chunks(self) -> list[Chunk]:
+        """The codes, oldest first."""
+        return self.codes.held
 
     @property
     def packed_tokens(self) -> int:
         """Tokens held as codes."""
-        return sum(chunk.tokens for chunk in self.chunks)
+        return self.codes.tokens
 
     @property
     def length(self) -> int:
@@ -148,8 +148,8 @@ class Storage:
             room = self._room(start + added, keys, values)
             self.exact_keys = _resized(self.exact_keys, start, room, keys)
             self.exact_values = _resized(self.exact_values, start, room, values)
-        self.exact_keys = _written(self.exact_keys, start, keys)
-        self.exact_values = _written(self.exact_values, start, values)
+        self.exact_keys = written(self.exact_keys, start, keys)
+        self.exact_values = written(self.exact_values, start, values)
         self.exact_tokens += added
         if not self.chunks:
             self.held_sinks = min(self.sinks, self.exact_tokens)
@@ -159,17 +159,15 @@ class Storage:
         """Tokens that `seal` would pack now."""
         return tokens_to_seal(self.exact_tokens - self.held_sinks, self.window)
 
-    def seal(self) -> None:
-        """Pack the oldest exact tokens beyond the window, whole blocks of them."""
+    def seal(self, encode: Callable[[Quantizer, mx.array], mx.array] = encode_words) -> None:
+        """Pack the oldest exact tokens beyond the window, whole blocks of them; `encode` turns vectors into words."""
         count = self.due
         if count == 0 or self.exact_keys is None or self.exact_values is None:
             return
         s = self.held_sinks
         keys, values = self.exact_keys[:, :, s : s + count], self.exact_values[:, :, s : s + count]
-        words = mx.concatenate(
-            [self.key_quantizer.encode_words(keys), self.value_quantizer.encode_words(values)], axis=1
-        )
-        self._add_words(self.drift.watch(words, keys, values, self.key_quantizer, self.value_quantizer))
+        words = mx.concatenate([encode(self.key_quantizer, keys), encode(self.value_quantizer, values)], axis=1)
+        self.codes.append(self.drift.watch(words, keys, values, self.key_quantizer, self.value_quantizer))
         room = self._room(self.exact_tokens - count, self.exact_keys, self.exact_values)
         self.exact_keys = _without(self.exact_keys, s, count, self.exact_tokens, room)
         self.exact_values = _without(self.exact_values, s, count, self.exact_tokens, room)
@@ -181,31 +179,15 @@ class Storage:
         widest = max(keys.shape[0] * keys.shape[1] * x.shape[3] * x.dtype.size for x in (keys, values))
         return fill_pages(wanted, widest)
 
-    def _add_words(self, words: mx.array) -> None:
-        done, count = 0, words.shape[-1]
-        if self.chunks and (free := self.chunks[-1].capacity - self.chunks[-1].tokens):
-            last, done = self.chunks[-1], min(free, count)
-            last.words = _written(last.words, last.tokens, words[..., :done])
-            last.tokens += done
-        if done == count:
-            return
-        wanted = max(SMALLEST_CHUNK, self.packed_tokens // 4, count - done)
-        room = fill_pages(wanted, 4 * words.shape[0] * words.shape[1])
-        empty = mx.zeros((*words.shape[:-1], room), mx.uint32)
-        self.chunks.append(Chunk(_written(empty, 0, words[..., done:]), count - done))
-
     def trim(self, count: int) -> int:
         """Drop the newest `count` tokens, at most all; return how many went. Codes are cut at any token."""
         count = dropped = min(count, self.length)
         from_window = min(count, self.exact_tokens - self.held_sinks)
         self.exact_tokens -= from_window
         count -= from_window
-        while count and self.chunks:
-            from_chunk = min(count, self.chunks[-1].tokens)
-            self.chunks[-1].tokens -= from_chunk
-            count -= from_chunk
-            if self.chunks[-1].tokens == 0:
-                self.chunks.pop()
+        from_codes = min(count, self.packed_tokens)
+        self.codes.cut(self.packed_tokens - from_codes)
+        count -= from_codes
         self.exact_tokens -= count
         self.held_sinks = min(self.held_sinks, self.exact_tokens)
         return dropped
@@ -214,18 +196,27 @@ class Storage:
         """What is held now. ValueError before the first append."""
         if self.exact_keys is None or self.exact_values is None:
             raise ValueError("the cache is empty; expected keys and values; append some first.")
-        exact = [a if a.shape[2] == self.exact_tokens else a[:, :, : self.exact_tokens]
-                 for a in (self.exact_keys, self.exact_values)]  # fmt: skip
         packed = tuple((c.words, c.tokens) for c in self.chunks)
-        return Snapshot(exact[0], exact[1], self.held_sinks, packed, self.key_quantizer, self.value_quantizer)
+        return Snapshot(
+            self.exact_keys, self.exact_values, packed, self.layout, self.key_quantizer, self.value_quantizer
+        )
+
+    @property
+    def layout(self) -> Rows:
+        """Where the tokens lie; the same for every row."""
+        batch = 0 if self.exact_keys is None else self.exact_keys.shape[0]
+        sinks, packed = (self.held_sinks,) * batch, (self.packed_tokens,) * batch
+        return rows_of(sinks, sinks, self.exact_tokens, packed)
 
     def check(self) -> None:
         """ValueError unless shapes and counts agree: for a storage that was read from a file."""
         if self.exact_keys is None or self.exact_values is None:
             raise ValueError("a stored cache lacks its exact tokens; the file is damaged; make it again.")
-        batch, capacity = self.exact_keys.shape[0], min(self.exact_keys.shape[2], self.exact_values.shape[2])
-        fits = 0 <= self.held_sinks <= self.exact_tokens <= capacity and self.exact_values.shape[0] == batch
+        batch, capacity = self.exact_keys.shape[0], self.exact_keys.shape[2]
+        fits = 0 <= self.held_sinks <= self.exact_tokens <= capacity
+        fits &= self.exact_values.shape[::2] == (batch, capacity) and len(self.chunks) <= MAX_CHUNKS
         width = self.key_quantizer.words + self.value_quantizer.words
+        fits &= self.held_sinks == self.sinks or not self.chunks
         for chunk in self.chunks:
             fits &= chunk.words.dtype == mx.uint32 and chunk.words.shape == (batch, width, chunk.capacity)
             fits &= 0 < chunk.tokens <= chunk.capacity
@@ -238,18 +229,8 @@ class Storage:
         twin.exact_keys, twin.exact_values = self.exact_keys, self.exact_values
         twin.exact_tokens, twin.held_sinks = self.exact_tokens, self.held_sinks
         twin.drift = dataclasses.replace(self.drift)
-        twin.chunks = [dataclasses.replace(chunk) for chunk in self.chunks]
+        twin.codes = self.codes.copy()
         return twin
-
-
-def _written(target: mx.array, start: int, update: mx.array) -> mx.array:
-    """`target` with `update` at start.. of axis 2, as a new array: snapshots of the old one stay as they were.
-
-    MLX writes in place when nothing else holds the buffer.
-    """
-    result = mx.array(target)
-    result[:, :, start : start + update.shape[2]] = update
-    return result
 
 
 def _resized(held: mx.array | None, tokens: int, room: int, like: mx.array) -> mx.array:

@@ -1,6 +1,8 @@
 """Statistics of a model's keys and values over text -> rotations (the documented API), or a Codec (the cache's own)."""
 
 import contextlib
+import functools
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
@@ -13,12 +15,16 @@ from tqdm import tqdm
 from . import codec as codecs
 from .calibration_text import Placed, calibration_sequences, context_of, place
 from .codec import Codec, Transforms
-from .fisher import LayerFisher, gather
-from .intercept import Use, dispatching, is_list, observers, plain_caches, uses
-from .moments import Moments, SecondMoments
+from .fisher import LayerFisher, Setting, each, gather, probe
+from .forward_only import Layers, in_nats, run_observed, variance_layers
+from .intercept import require_layers, uses
+from .memory_budget import default_budget, fit
+from .moments import Moments
+from .partial import Partial
 from .rotation_files import RotationFileError, load_cached_rotations, save_rotations
+from .shrinkage import Shrinkage, choose, shrunk
 from .spectral_quant import SpectralRotation
-from .transforms import KEPT_VECTORS, eigen, fisher_transforms, transforms_of
+from .transforms import eigen, fisher_transforms
 
 __all__ = [
     "RotationFileError",
@@ -29,8 +35,6 @@ __all__ = [
     "load_cached_rotations",
     "save_rotations",
 ]
-
-OUTPUT_PROJECTIONS = ("o_proj", "out_proj", "dense", "c_proj", "wo", "o")
 
 
 def calibrate_spectral_rotation(
@@ -50,14 +54,14 @@ def calibrate_spectral_rotation(
     """
     seen: dict[int, tuple[Moments, Moments]] = {}
 
-    def see(layer: int, queries: mx.array | None, keys: mx.array, values: mx.array) -> None:
+    def see(layer: int, queries: mx.array, keys: mx.array, values: mx.array) -> None:
         for moments, x in zip(seen.setdefault(layer, (Moments(), Moments())), (keys, values), strict=True):
             moments.update(x)
 
     with _on_device(device):
         sequences = calibration_sequences(model, tokenizer, num_samples, sequence_length, texts, seed)
-        _run(model, uses(model), [Placed(s, 0) for s in sequences], see)
-    _require_layers(seen)
+        run_observed(model, [Placed(s, 0) for s in sequences], see)
+    require_layers(seen)
     return [
         _pooled_rotation(keys, f"layers.{i}", _pooled_rotation(values, f"layers.{i}", None))
         for i, (keys, values) in sorted(seen.items())
@@ -93,98 +97,114 @@ def calibrate_codec(
     objective: Literal["fisher", "variance"] = "fisher",
     window: int = 128,
     sinks: int = 4,
+    memory_budget: int | None = None,
 ) -> Codec:
     """The codec of a model: for each layer, KV head, and keys or values, the basis in which errors cost least.
 
     With metric F and covariance C, A = F^(1/2) and A C A = U diag(l) UT; analysis is A U. objective="fisher": F is the
-    Fisher information of the vectors (fisher.py), costs are in nats and bits go wherever in the model they save most.
-    "variance" needs no gradients: F is the second moment of the queries for keys (OSCAR, arXiv 2605.17757) and WoT Wo
-    of the output projection for values, and every layer gets the same bits. A model that cannot be differentiated is
-    calibrated by "variance", with a warning.
+    Fisher information of the vectors (fisher.py). "variance" needs no gradients: metrics of what reads the vectors, and
+    the measured sensitivity of each layer (forward_only.py). Either way costs are in nats and bits go wherever in the
+    model they save most. A model that cannot be differentiated is calibrated by "variance", with a warning.
+
+    memory_budget: bytes that gradients may take above what is active, by default what the device or host can spare;
+    where sequences of `sequence_length` need more, layers are computed twice, then sequences are shorter. Interrupted,
+    it goes on where it was when it is called again for the same model, text and settings. The same seed gives the
+    same codec, byte for byte, on one machine.
     """
     if objective not in ("fisher", "variance"):
         raise ValueError(f'objective is {objective!r}; expected "fisher" or "variance".')
-    sequences = calibration_sequences(model, tokenizer, num_samples, sequence_length, texts, seed)
-    placed = place(sequences, context_of(model))
-    layers, used = None, uses(model)
-    if objective == "fisher":
-        try:
-            layers = _fisher_layers(model, used, placed, window, sinks, seed)
-        except (ValueError, RuntimeError) as error:
-            if "activations hold" in str(error):
-                raise
-            warnings.warn(f"no gradients through this model ({error}): calibrating by variance.", stacklevel=2)
-            objective = "variance"
-    if layers is None:
-        layers = _variance_layers(model, used, placed)
+    name = codecs.fingerprint(model)
+    made: tuple[Layers, dict[str, Any]] | None = None
+    with _fast_arithmetic(model):
+        text = functools.partial(calibration_sequences, model, tokenizer, num_samples, texts=texts, seed=seed)
+        if objective == "fisher":
+            try:
+                made = _fisher(model, text, sequence_length, Setting(window, sinks, seed), name, memory_budget)
+            except (ValueError, RuntimeError) as error:
+                if any(
+                    known in str(error) for known in ("activations hold", "memory_budget", "calibration texts hold")
+                ):
+                    raise
+                warnings.warn(f"no gradients through this model ({error}): calibrating by variance.", stacklevel=2)
+        if made is None:
+            made = _variance(model, text(sequence_length=sequence_length), window, sinks)
     provenance = {
-        "objective": objective, "sequences": len(sequences), "sequence_length": sequence_length, "seed": seed,
-        "text": "built-in" if texts is None else "user", "tokens": sum(s.size for s in sequences),
-        "context": context_of(model), "window": window, "sinks": sinks,
+        "seed": seed, "text": "built-in" if texts is None else "user", "context": context_of(model), "window": window,
+        "sinks": sinks, "costs": "nats",
     }  # fmt: skip
-    return Codec(codecs.fingerprint(model), layers, provenance)
+    return Codec(name, made[0], provenance | made[1])
 
 
-Layers = dict[int, tuple[Transforms, Transforms | None]]
+def _fisher(
+    model: Any, text: Callable[..., list[mx.array]], length: int, setting: Setting, name: str, budget: int | None
+) -> tuple[Layers, dict[str, Any]]:
+    """Layers, and what to say of how they came about."""
+    budget = default_budget() if budget is None else budget
+    room = fit(lambda n, again: probe(model, n, setting._replace(checkpoint=again)), length,
+               setting.window + setting.sinks, budget)  # fmt: skip
+    setting = setting._replace(checkpoint=room.checkpoint, at_once=room.at_once)
+    sequences = place(text(sequence_length=room.sequence_length), context_of(model))
+    partial = Partial(name, sequences, setting)
+    statistics, done = partial.load()
+    with tqdm(total=len(sequences), initial=done, desc="calibrating", unit="sequence") as progress:
+
+        def report(count: int) -> None:
+            progress.update()
+            partial.save(statistics, count)
+
+        gather(model, sequences, setting, statistics, done, report)
+    require_layers(statistics)
+    # Positions cached beside latents stay exact.
+    latent = {i for i, use in uses(model).items() if use.kind == "latent"}
+    packed = {(i, part): seen for i, pair in statistics.items() for part, seen in enumerate(pair)
+              if part == 0 or i not in latent}  # fmt: skip
+    strength = choose(packed.values(), len(sequences))
+    layers = _measured(packed, strength, len(sequences), room.at_once)
+    partial.remove()
+    return layers, _told("fisher", sequences, room.sequence_length) | {"shrinkage": strength._asdict()}
 
 
-def _fisher_layers(
-    model: Any, used: dict[int, Use], sequences: Sequence[Placed], window: int, sinks: int, seed: int
-) -> Layers:
-    progress = tqdm(sequences, desc="calibrating", unit="sequence")
-    statistics = gather(model, progress, window, sinks, seed)
-    _require_layers(statistics)
-    return {
-        i: (_of_fisher(keys), None if used[i].kind == "latent" else _of_fisher(values))
-        for i, (keys, values) in tqdm(statistics.items(), desc="measuring", unit="layer")
-    }
+def _measured(packed: dict[tuple[int, int], LayerFisher], strength: Shrinkage, sequences: int, at_once: int) -> Layers:
+    """Transforms and costs of each layer, keys and values beside each other where there are cores."""
+
+    def measured(seen: LayerFisher) -> Transforms:
+        metric = shrunk(seen.metric, strength.metric, sequences)
+        covariance = shrunk(seen.vectors.covariance, strength.covariance, sequences)
+        return fisher_transforms(seen.vectors, metric, seen.kept, covariance)
+
+    progress = tqdm(each(measured, list(packed.values()), at_once), total=len(packed), desc="measuring", unit="part")
+    found = dict(zip(packed, progress, strict=True))
+    return {i: (found[i, 0], found.get((i, 1))) for i, part in packed if part == 0}
 
 
-def _of_fisher(seen: LayerFisher) -> Transforms:
-    return fisher_transforms(seen.vectors, seen.metric, seen.kept)
+def _variance(model: Any, sequences: list[mx.array], window: int, sinks: int) -> tuple[Layers, dict[str, Any]]:
+    placed = place(sequences, context_of(model))
+    layers = variance_layers(model, placed)
+    told = _told("variance", placed, max(s.size for s in sequences))
+    if (scaled := in_nats(model, placed, layers, window, sinks)) is None:
+        return layers, told | {"costs": "units of each layer"}
+    print("no gradients were used: costs are layer sensitivities measured forward", file=sys.stderr)
+    return scaled, told | {"sensitivities": "measured forward"}
 
 
-def _variance_layers(model: Any, used: dict[int, Use], sequences: Sequence[Placed]) -> Layers:
-    seen: dict[int, _Seen] = {}
-    stride = max(1, -(-sum(s.ids.size for s in sequences) // KEPT_VECTORS))
-
-    def see(layer: int, queries: mx.array | None, keys: mx.array, values: mx.array) -> None:
-        seen.setdefault(layer, _Seen(stride)).update(queries, keys, values)
-
-    _run(model, used, sequences, see)
-    _require_layers(seen)
-    layers: Layers = {}
-    caches = plain_caches(model)
-    by_layer = len(caches) == len(model.layers) and not any(map(is_list, caches))  # the i-th cache is the i-th layer's
-    for i, layer in tqdm(seen.items(), desc="measuring", unit="layer"):
-        # Queries that are not those of a plain attention say nothing about these keys.
-        queries = layer.queries.value if layer.queries.count else np.stack([np.eye(used[i].key_dims)] * used[i].heads)
-        keys = transforms_of(layer.keys, queries, layer.kept_keys)
-        if used[i].kind == "latent":
-            layers[i] = keys, None
-            continue
-        output = _output_metric(model, i if by_layer else None, *layer.values.mean.shape)
-        layers[i] = keys, transforms_of(layer.values, output, layer.kept_values)
-    return layers
+def _told(objective: str, sequences: Sequence[Placed], length: int) -> dict[str, Any]:
+    tokens = sum(s.ids.size for s in sequences)
+    return {"objective": objective, "sequences": len(sequences), "sequence_length": length, "tokens": tokens}
 
 
-class _Seen:
-    """What one layer showed: moments, and every `stride`-th vector."""
-
-    def __init__(self, stride: int) -> None:
-        self.keys, self.values, self.queries = Moments(), Moments(), SecondMoments()
-        self.kept_keys: list[mx.array] = []
-        self.kept_values: list[mx.array] = []
-        self._stride = stride
-
-    def update(self, queries: mx.array | None, keys: mx.array, values: mx.array) -> None:
-        self.keys.update(keys)
-        self.values.update(values)
-        if queries is not None:
-            self.queries.update(queries, keys.shape[1])
-        for kept, x in ((self.kept_keys, keys), (self.kept_values, values)):
-            kept.append(mx.contiguous(x[0, :, :: self._stride]))
-            mx.eval(kept[-1])  # or the whole forward pass would be held
+@contextlib.contextmanager
+def _fast_arithmetic(model: Any) -> Iterator[None]:
+    """16-bit weights as float32 inside, on a CPU: MLX's has no vectors of 16-bit numbers."""
+    if mx.default_device() == mx.gpu:
+        yield
+        return
+    own = model.parameters()
+    model.set_dtype(mx.float32)
+    mx.eval(model.parameters())
+    try:
+        yield
+    finally:
+        model.update(own)
 
 
 def codec_for(model: Any, tokenizer: Any | Callable[[], Any] | None) -> Codec:
@@ -207,20 +227,6 @@ def codec_for(model: Any, tokenizer: Any | Callable[[], Any] | None) -> Codec:
     except OSError as error:
         warnings.warn(f"the codec could not be stored in {codecs.stored_path(name)} ({error.strerror}).", stacklevel=2)
     return made
-
-
-def _run(model: Any, used: dict[int, Use], sequences: Sequence[Placed], see: Callable[..., None]) -> None:
-    with dispatching():
-        for ids, offset in tqdm(sequences, desc="calibrating", unit="sequence"):
-            mx.eval(model(ids[None], cache=observers(model, see, offset, used)))
-
-
-def _require_layers(seen: dict[int, Any]) -> None:
-    if not seen:
-        raise ValueError(
-            "no layer of this model passed keys to mx.fast.scaled_dot_product_attention; expected full-attention "
-            "layers; use a full-precision cache with it."
-        )
 
 
 @contextlib.contextmanager
@@ -250,37 +256,3 @@ def _rotation(
 ) -> SpectralRotation:
     arrays = [mx.array(np.ascontiguousarray(a, dtype=np.float32)) for a in (vectors, eigenvalues, mean)]
     return SpectralRotation(arrays[0], arrays[1], len(mean), name, arrays[2], values)
-
-
-def _output_metric(model: Any, layer: int | None, heads: int, dims: int) -> NDArray[np.float64]:
-    """WoT Wo [H, D, D] of the projection that reads the attention output, summed over the query heads of a group.
-
-    The identity where no such projection is found: squared error of the values themselves.
-    """
-    projection = None if layer is None else _output_projection(model, layer)
-    rows = None if projection is None else _rows(projection, dims)
-    if rows is None or len(rows) % (heads * dims):
-        return np.tile(np.eye(dims), (heads, 1, 1))
-    per_head = rows.reshape(heads, -1, dims, rows.shape[-1])  # query heads of a group lie side by side
-    return np.asarray(np.einsum("hgio,hgjo->hij", per_head, per_head))
-
-
-def _output_projection(model: Any, layer: int) -> Any | None:
-    layers = getattr(model, "layers", [])
-    if layer >= len(layers):
-        return None
-    named = {n.rsplit(".", 1)[-1]: m for n, m in layers[layer].named_modules() if "attn" in n or "attention" in n}
-    return next((named[n] for n in OUTPUT_PROJECTIONS if n in named), None)
-
-
-def _rows(projection: Any, dims: int) -> NDArray[np.float64] | None:
-    """The projection as a matrix [in, out], whatever its weights' format: it is applied to the unit vectors."""
-    inner = getattr(projection, "linear", projection)  # what an adapter wraps
-    size = inner.weight.shape[-1]
-    if hasattr(inner, "scales"):
-        size = inner.scales.shape[-1] * inner.group_size
-    try:
-        unit, zero = mx.eye(size), mx.zeros((1, size))
-        return np.array((projection(unit) - projection(zero)).astype(mx.float32), dtype=np.float64)
-    except (ValueError, RuntimeError):
-        return None

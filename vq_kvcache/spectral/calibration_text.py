@@ -7,6 +7,7 @@ the languages and formats it knows.
 
 import importlib
 import importlib.resources
+import itertools
 import pathlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -86,7 +87,9 @@ def calibration_sequences(
     sources = built_in_texts() if texts is None else list(texts)
     encoded = [encode(tokenizer, text) for text in sources]
     shares = [(num_samples - own + i) // len(sources) for i in range(len(sources))][::-1] if sources else []
-    sequences = [s for ids, share in zip(encoded, shares, strict=True) for s in cut(ids, share, sequence_length)]
+    kinds = [cut(ids, share, sequence_length) for ids, share in zip(encoded, shares, strict=True)]
+    # In turn, so that any few of them are mixed text.
+    sequences = [s for row in itertools.zip_longest(*kinds) for s in row if s is not None]
     if own:
         sequences += write_sequences(model, tokenizer, own, sequence_length, seed)
     if not sequences:

@@ -5,15 +5,19 @@ the gradient of -log p(y) with respect to the cached vector, y drawn from the mo
 exact window and the sinks: near positions read the unperturbed tensors. See README, "How it works".
 """
 
-from collections.abc import Iterable
-from typing import Any
+import contextlib
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
 from .calibration_text import Placed
-from .intercept import Attention, Use, dispatching, is_pair, recorders, uses
+from .far_attention import far_attention
+from .intercept import Attention, Recorder, Use, dispatching, is_pair, recorders, uses
 from .moments import Moments, SecondMoments
 
 KEPT_BYTES = 1 << 30  # of vectors and gradients, on which costs are measured
@@ -22,22 +26,30 @@ KEPT_BYTES = 1 << 30  # of vectors and gradients, on which costs are measured
 class LayerFisher:
     """Statistics of the keys or the values of one layer: moments of the vectors, F of the gradients, and some of both.
 
-    kept: (vectors [H, T, D], gradients [H, T, D]) of whole sequences.
+    halves: of the even and of the odd sequences, so that each can judge what the other says.
+    kept: (vectors [H, T, D], gradients [H, T, D]), float32, of whole sequences.
     """
 
     def __init__(self) -> None:
-        self.vectors, self.gradients = Moments(), SecondMoments()
+        self.halves = (Moments(), SecondMoments()), (Moments(), SecondMoments())
         self.kept: list[tuple[mx.array, mx.array]] = []
+
+    @property
+    def vectors(self) -> Moments:
+        """Moments of all vectors."""
+        return Moments.merged(vectors for vectors, _ in self.halves)
 
     @property
     def metric(self) -> NDArray[np.float64]:
         """F, [H, D, D], in nats per squared unit."""
-        return self.gradients.value
+        count = sum(gradients.count for _, gradients in self.halves)
+        return np.asarray(sum(g.total for _, g in self.halves if g.count) / max(count, 1))
 
-    def update(self, vectors: mx.array, gradients: mx.array, keep: bool) -> None:
+    def update(self, vectors: mx.array, gradients: mx.array, sequence: int, keep: bool) -> None:
         """Add a sequence: both [1, H, T, D]."""
-        self.vectors.update(vectors)
-        self.gradients.update(gradients, gradients.shape[1])
+        half = self.halves[sequence % 2]
+        half[0].update(vectors)
+        half[1].update(gradients, gradients.shape[1])
         if keep:
             self.kept.append((vectors[0].astype(mx.float32), gradients[0].astype(mx.float32)))
             mx.eval(self.kept[-1])
@@ -46,37 +58,111 @@ class LayerFisher:
 Statistics = dict[int, tuple[LayerFisher, LayerFisher]]
 
 
-def gather(model: Any, sequences: Iterable[Placed], window: int, sinks: int, seed: int) -> Statistics:
-    """Statistics of every full-attention layer: one forward and one backward pass a sequence, one label a position."""
-    statistics: Statistics = {}
-    used = uses(model)
-    key = mx.random.key(seed)
-    kept_bytes = 0
-    for placed in sequences:
-        key, now = mx.random.split(key)
-        found = _gradients(model, used, placed, window, sinks, now)
-        mx.eval(found)
+class Setting(NamedTuple):
+    """What the gradients depend on besides model and text. checkpoint: layers are computed again in the backward pass,
+    not kept. at_once: sequences, each on a CPU core of its own; it changes no number."""
+
+    window: int
+    sinks: int
+    seed: int
+    checkpoint: bool = False
+    at_once: int = 1
+
+
+def gather(
+    model: Any,
+    sequences: Sequence[Placed],
+    setting: Setting,
+    statistics: Statistics,
+    done: int,
+    report: Callable[[int], None],
+) -> None:
+    """Add sequences done.. to `statistics`, of every full-attention layer: one forward and one backward pass each, one
+    label a position. `report` is called with the number of sequences added so far."""
+    # One key a sequence, so that it draws the same labels whatever was done before it.
+    keys = mx.random.split(mx.random.key(setting.seed), len(sequences))
+    mx.eval(model.parameters(), keys, [s.ids for s in sequences])
+    kept_bytes = sum(4 * a.size for pair in statistics.values() for part in pair for kept in part.kept for a in kept)
+
+    def make(i: int) -> Gradients:
+        with _tracing:
+            made = _gradients(model, sequences[i], setting, keys[i])
+        mx.eval(made)
+        return made
+
+    for i, arrays_of in enumerate(each(make, range(done, len(sequences)), setting.at_once), done):
         keep = kept_bytes < KEPT_BYTES
-        for layer, arrays in found.items():
-            keys, values = statistics.setdefault(layer, (LayerFisher(), LayerFisher()))
-            keys.update(arrays[0], arrays[1], keep)
-            values.update(arrays[2], arrays[3], keep)
+        for layer, arrays in arrays_of.items():
+            pair = statistics.setdefault(layer, (LayerFisher(), LayerFisher()))
+            pair[0].update(arrays[0], arrays[1], i, keep)
+            pair[1].update(arrays[2], arrays[3], i, keep)
             kept_bytes += 4 * sum(a.size for a in arrays) if keep else 0
-    return statistics
+        report(i + 1)
 
 
-def _gradients(
-    model: Any, used: dict[int, Use], placed: Placed, window: int, sinks: int, key: mx.array
-) -> dict[int, tuple[mx.array, ...]]:
+Gradients = dict[int, tuple[mx.array, ...]]
+_tracing = threading.Lock()  # MLX counts traces globally
+
+
+def each(make: Callable[[Any], Any], items: Sequence[Any], at_once: int) -> Iterator[Any]:
+    """make(item) of each in turn, a few at once: MLX's CPU streams are one thread each."""
+
+    def run(item: Any) -> Any:
+        with mx.stream(mx.new_stream(mx.cpu)):  # a stream belongs to the thread that made it
+            return make(item)
+
+    if at_once == 1:
+        yield from map(make, items)
+        return
+    with ThreadPoolExecutor(at_once) as pool:
+        for start in range(0, len(items), at_once):
+            yield from pool.map(run, items[start : start + at_once])
+
+
+def probe(model: Any, tokens: int, setting: Setting) -> Any:
+    """Gradients over a sequence of so many tokens, to be evaluated and forgotten."""
+    return _gradients(model, Placed(mx.zeros(tokens, mx.int32), 0), setting, mx.random.key(0))
+
+
+class _Perturbed:
+    """Attention with errors in the far keys and values of each layer; remembers the vectors that it saw.
+
+    What another arithmetic than this attention reads is perturbed where it is appended, for near readers too.
+    """
+
+    def __init__(self, used: dict[int, Use], errors: dict[int, tuple[mx.array, mx.array]], setting: Setting) -> None:
+        self.used, self.errors, self._setting = used, errors, setting
+        self.vectors: dict[int, tuple[mx.array, mx.array]] = {}
+
+    def __call__(
+        self, layer: int, q: mx.array, k: mx.array, v: mx.array, original: Attention, **options: Any
+    ) -> mx.array:
+        if self.used[layer].kind != "paired" or not is_pair(k, v):
+            return original(q, k, v, **options)
+        window, exact = self._setting.window, self._setting.sinks
+        return far_attention(q, k, v, *self.errors[layer], window=window, exact=exact, **options)
+
+    def append(self, layer: int, k: mx.array, v: mx.array) -> tuple[mx.array, mx.array]:
+        """What the model gets for what it appends."""
+        self.vectors[layer] = mx.stop_gradient(k), mx.stop_gradient(v)
+        if self.used[layer].kind == "paired":
+            return k, v
+        ek, ev = self.errors[layer]
+        return k + ek.astype(k.dtype), v + ev.astype(v.dtype)
+
+
+def _gradients(model: Any, placed: Placed, setting: Setting, key: mx.array) -> Gradients:
     """layer -> (keys, their gradients, values, their gradients), each [1, H, T, D]."""
-    layers, length = list(used), len(placed.ids)
+    used, length = uses(model), len(placed.ids)
+    layers = list(used)
     zeros = [mx.zeros((1, u.heads, length, dims)) for u in used.values() for dims in (u.key_dims, u.value_dims)]
+    # What several layers read would leave the layer that is computed again.
+    checkpoint = setting.checkpoint and all(u.readers <= 1 for u in used.values())
+    with dispatching(), checkpointed(model) if checkpoint else contextlib.nullcontext():
 
-    def loss(errors: list[mx.array]) -> tuple[mx.array, dict[int, tuple[mx.array, mx.array]]]:
-        by_layer = dict(zip(layers, _pairs(errors), strict=True))
-        return _loss(model, used, placed, by_layer, window, sinks, key)
+        def loss(errors: list[mx.array]) -> tuple[mx.array, dict[int, tuple[mx.array, mx.array]]]:
+            return _loss(model, placed, _Perturbed(used, dict(zip(layers, _pairs(errors), strict=True)), setting), key)
 
-    with dispatching():
         (_, vectors), gradients = mx.value_and_grad(loss)(zeros)
     return {
         layer: (*vectors[layer][:1], g[0], *vectors[layer][1:], g[1])
@@ -89,70 +175,49 @@ def _pairs(arrays: list[mx.array]) -> list[tuple[mx.array, mx.array]]:
 
 
 def _loss(
-    model: Any,
-    used: dict[int, Use],
-    placed: Placed,
-    errors: dict[int, tuple[mx.array, mx.array]],
-    window: int,
-    sinks: int,
-    key: mx.array,
+    model: Any, placed: Placed, attend: _Perturbed, key: mx.array
 ) -> tuple[mx.array, dict[int, tuple[mx.array, mx.array]]]:
     """Sum of -log p of labels drawn from the model, and the vectors of each layer."""
-    vectors: dict[int, tuple[mx.array, mx.array]] = {}
-
-    def append(layer: int, k: mx.array, v: mx.array) -> tuple[mx.array, mx.array]:
-        vectors[layer] = mx.stop_gradient(k), mx.stop_gradient(v)
-        if used[layer].kind == "paired":
-            return k, v
-        # Not this module's attention: every position's reader sees the error, near ones too.
-        ek, ev = errors[layer]
-        return k + ek.astype(k.dtype), v + ev.astype(v.dtype)
-
-    def attend(layer: int, q: mx.array, k: mx.array, v: mx.array, original: Attention, **options: Any) -> mx.array:
-        if used[layer].kind != "paired" or not is_pair(k, v):
-            return original(q, k, v, **options)
-        return far_attention(q, k, v, *errors[layer], window=window, exact=sinks, **options)
-
-    caches = recorders(model, attend, placed.offset, append=append, only=used)
+    caches = recorders(model, attend, placed.offset, append=attend.append, only=attend.used)
     logits = model(placed.ids[None], cache=caches)[0].astype(mx.float32)
     labels = mx.random.categorical(mx.stop_gradient(logits), key=key)
     chosen = mx.take_along_axis(logits, labels[:, None], axis=-1)[:, 0]
-    return (mx.logsumexp(logits, axis=-1) - chosen).sum(), vectors
+    return (mx.logsumexp(logits, axis=-1) - chosen).sum(), attend.vectors
 
 
-def far_attention(
-    queries: mx.array,
-    keys: mx.array,
-    values: mx.array,
-    key_errors: mx.array,
-    value_errors: mx.array,
-    *,
-    window: int,
-    exact: int,
-    scale: float,
-    mask: Any = None,
-    sinks: mx.array | None = None,
-) -> mx.array:
-    """Attention [B, Hq, L, Dv] in which positions at least `window` behind a query, and not among the first `exact`,
-    read keys + key_errors and values + value_errors. Scores are computed again in the backward pass, not kept."""
-    batch, query_heads, length, dims = queries.shape
-    heads = keys.shape[1]
-    behind = mx.arange(length)[:, None] - mx.arange(length)[None]
-    far = (behind >= window) & (mx.arange(length)[None] >= exact)
-    visible = behind >= 0 if isinstance(mask, str) else mask
+@contextlib.contextmanager
+def checkpointed(model: Any) -> Iterator[None]:
+    """Inside, what a layer with perturbed attention computes is not kept for the backward pass but computed again."""
+    originals = {kind: kind.__call__ for kind in {type(layer) for layer in model.layers}}
 
-    def attend(q: mx.array, k: mx.array, v: mx.array, ek: mx.array, ev: mx.array) -> mx.array:
-        q = q.astype(mx.float32).reshape(batch, heads, -1, length, dims) * scale
-        k, v = (x.astype(mx.float32)[:, :, None] for x in (k, v))
-        ek, ev = ek[:, :, None], ev[:, :, None]
-        scores = q @ k.swapaxes(-1, -2) + mx.where(far, q @ ek.swapaxes(-1, -2), 0)
-        scores = scores.reshape(batch, query_heads, length, length)
-        if visible is not None:
-            scores = mx.where(visible, scores, -1e30) if visible.dtype == mx.bool_ else scores + visible
-        if sinks is not None:
-            logit = mx.broadcast_to(sinks.astype(mx.float32)[:, None, None], (batch, query_heads, length, 1))
-            scores = mx.concatenate([scores, logit], axis=-1)
-        weights = mx.softmax(scores, axis=-1)[..., :length].reshape(batch, heads, -1, length, length)
-        return (weights @ v + mx.where(far, weights, 0) @ ev).reshape(batch, query_heads, length, -1)
+    def again(original: Callable[..., Any]) -> Callable[..., Any]:
+        def call(layer: Any, x: mx.array, *args: Any, **options: Any) -> Any:
+            given = [a for a in (*args, *options.values()) if isinstance(a, Recorder)]
+            attend = given[0].attend if given else None
+            if not isinstance(attend, _Perturbed) or given[0].index not in attend.errors:
+                return original(layer, x, *args, **options)
+            # Gradients flow through arguments only, so whatever may carry one must be an argument.
+            names = [n for n, a in enumerate(args) if _is_float(a)], [n for n, a in options.items() if _is_float(a)]
 
-    return mx.checkpoint(attend)(queries, keys, values, key_errors, value_errors).astype(queries.dtype)
+            def block(x: mx.array, errors: tuple[mx.array, mx.array], arrays: list[mx.array]) -> Any:
+                attend.errors[given[0].index] = errors
+                mine = iter(arrays)
+                positional = [next(mine) if n in names[0] else a for n, a in enumerate(args)]
+                return original(layer, x, *positional, **options | {n: next(mine) for n in names[1]})
+
+            arrays = [args[n] for n in names[0]] + [options[n] for n in names[1]]
+            return mx.checkpoint(block)(x, attend.errors[given[0].index], arrays)
+
+        return call
+
+    try:
+        for kind, original in originals.items():
+            kind.__call__ = again(original)
+        yield
+    finally:
+        for kind, original in originals.items():
+            kind.__call__ = original
+
+
+def _is_float(x: Any) -> bool:
+    return isinstance(x, mx.array) and mx.issubdtype(x.dtype, mx.floating)

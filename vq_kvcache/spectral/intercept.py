@@ -87,18 +87,18 @@ def dispatching() -> Iterator[None]:
         disable()
 
 
-class _Recorder:
+class Recorder:
     """Takes the place of a KV cache for one forward pass over a whole sequence: shows what passes and keeps nothing."""
 
     def __init__(self, index: int, attend: Attention, offset: int, append: Append | None) -> None:
-        self._index, self._attend, self._append, self.offset = index, attend, append, offset
+        self.index, self.attend, self._append, self.offset = index, attend, append, offset
         self._fetched: tuple[Handle, Handle] | None = None
         self.keys: mx.array | None = None  # pipelines hang dependencies on these
         self.values: mx.array | None = None
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[Handle, Handle]:
         if self._append is not None:
-            keys, values = self._append(self._index, keys, values)
+            keys, values = self._append(self.index, keys, values)
         self.keys, self.values = keys, values
         self._fetched = Handle(keys, self, "keys"), Handle(values, self, "values")
         return self._fetched
@@ -121,7 +121,7 @@ class _Recorder:
     def attention(
         self, queries: mx.array, keys: Handle, values: mx.array, original: Callable[..., mx.array], **options: Any
     ) -> mx.array:
-        return self._attend(self._index, queries, keys, values, original, **options)
+        return self.attend(self.index, queries, keys, values, original, **options)
 
 
 def plain_caches(model: Any) -> list[Any]:
@@ -173,7 +173,7 @@ def recorders(
     """
     return replace_kv(
         plain_caches(model),
-        lambda i, own, nested: _Recorder(i, attend, offset, append) if only is None or i in only else own,
+        lambda i, own, nested: Recorder(i, attend, offset, append) if only is None or i in only else own,
     )
 
 
@@ -183,12 +183,14 @@ class Use:
 
     kind: "paired" (keys and values of one attention), "latent" (the keys are attended to as keys and as values, what
     is cached as values are positions: multi-head latent attention), or "own" (by the model's own arithmetic).
+    readers: attentions that read it; more than one where layers share keys and values.
     """
 
     heads: int
     key_dims: int
     value_dims: int
     kind: Literal["paired", "latent", "own"]
+    readers: int = 1
 
 
 def uses(model: Any) -> dict[int, Use]:
@@ -198,6 +200,7 @@ def uses(model: Any) -> dict[int, Use]:
     """
     shapes: dict[int, tuple[int, int, int]] = {}
     kinds: dict[int, Literal["paired", "latent"]] = {}
+    readers: dict[int, int] = {}
     nested_ones: set[int] = set()
 
     def append(index: int, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
@@ -207,21 +210,22 @@ def uses(model: Any) -> dict[int, Use]:
     def attend(
         index: int, queries: mx.array, keys: mx.array, values: mx.array, original: Attention, **options: Any
     ) -> mx.array:
+        readers[index] = readers.get(index, 0) + 1
         if is_pair(keys, values):
             kinds[index] = "paired"
         elif values is keys:
             kinds[index] = "latent"
         return original(queries, keys, values, **options)
 
-    def recorder(index: int, own: Any, nested: bool) -> _Recorder:
+    def recorder(index: int, own: Any, nested: bool) -> Recorder:
         if nested:
             nested_ones.add(index)
-        return _Recorder(index, attend, 0, append)
+        return Recorder(index, attend, 0, append)
 
     with dispatching():
         model(mx.array([[0]]), cache=replace_kv(plain_caches(model), recorder))
     left_out = nested_ones - set(kinds)
-    return {i: Use(*s, kinds.get(i, "own")) for i, s in sorted(shapes.items()) if i not in left_out}
+    return {i: Use(*s, kinds.get(i, "own"), readers.get(i, 0)) for i, s in sorted(shapes.items()) if i not in left_out}
 
 
 def is_pair(keys: Any, values: Any) -> bool:
@@ -251,3 +255,12 @@ def observers(model: Any, see: See, offset: int = 0, used: dict[int, Use] | None
         return keys, values
 
     return recorders(model, attend, offset, append=append, only=used)
+
+
+def require_layers(seen: dict[int, Any]) -> None:
+    """ValueError unless some layer was seen."""
+    if not seen:
+        raise ValueError(
+            "no layer of this model passed keys to mx.fast.scaled_dot_product_attention; expected full-attention "
+            "layers; use a full-precision cache with it."
+        )

@@ -1,5 +1,7 @@
 """Running mean and covariance of vectors, head by head, in float64."""
 
+from collections.abc import Iterable
+
 import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
@@ -42,6 +44,15 @@ class Moments:
     def covariance(self) -> NDArray[np.float64]:
         """[H, D, D], about the mean."""
         return self.scatter / max(self.count, 1)
+
+    @classmethod
+    def merged(cls, parts: Iterable["Moments"]) -> "Moments":
+        """The moments of the vectors of several."""
+        result = cls()
+        for part in parts:
+            if part.count:
+                result._merge(part.count, part.mean, part.scatter)
+        return result
 
     def pooled(self) -> "Moments":
         """The moments of all heads' vectors taken together, H = 1."""

@@ -27,13 +27,16 @@ def transforms_of(moments: Moments, metric: NDArray[np.float64], kept: list[mx.a
 
 
 def fisher_transforms(
-    moments: Moments, metric: NDArray[np.float64], kept: list[tuple[mx.array, mx.array]]
+    moments: Moments,
+    metric: NDArray[np.float64],
+    kept: list[tuple[mx.array, mx.array]],
+    covariance: NDArray[np.float64] | None = None,
 ) -> Transforms:
     """The same for a metric in nats: costs are what errors add to the KL of the model's predictions, per token.
 
-    kept: (vectors, gradients), [H, T, D] each, of whole sequences.
+    kept: (vectors, gradients), [H, T, D] each, of whole sequences.  covariance: in place of the moments' own.
     """
-    transforms, alone = _measured(moments, metric, [x for x, _ in kept])
+    transforms, alone = _measured(moments, metric, [x for x, _ in kept], covariance)
     # Half the squared error in the metric is KL, and errors add up along the sequence.
     costs = transforms.costs / 2 * _sequence_ratio(transforms, alone, kept)
     arrays = transforms.mean, transforms.analysis, transforms.eigenvalues, costs.astype(np.float32)
@@ -46,21 +49,32 @@ def eigen(matrix: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.
     return np.maximum(values[::-1], 0), vectors[:, ::-1]
 
 
-def _measured(
-    moments: Moments, metric: NDArray[np.float64], kept: list[mx.array]
-) -> tuple[Transforms, NDArray[np.float64]]:
-    """The transforms, and the costs [H, D, 9] of codes that stand alone."""
-    heads, dims = moments.mean.shape
+def basis_of(
+    covariance: NDArray[np.float64], metric: NDArray[np.float64]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Analysis [H, D, D] and eigenvalues [H, D] of covariances and metrics [H, D, D]."""
+    heads, dims, _ = covariance.shape
     analysis, eigenvalues = np.zeros((heads, dims, dims)), np.zeros((heads, dims))
     for h in range(heads):
         weights, basis = eigen(metric[h])
         # A head that nothing depends on has a metric of zeros: any basis serves it, and its bits cost nothing.
         least = METRIC_FLOOR * weights[0] if weights[0] > 0 else SMALLEST_METRIC
         root = (basis * np.sqrt(np.maximum(weights, least))) @ basis.T
-        eigenvalues[h], vectors = eigen(root @ moments.covariance[h] @ root)
+        eigenvalues[h], vectors = eigen(root @ covariance[h] @ root)
         analysis[h] = root @ vectors
+    return analysis, eigenvalues
+
+
+def _measured(
+    moments: Moments,
+    metric: NDArray[np.float64],
+    kept: list[mx.array],
+    covariance: NDArray[np.float64] | None = None,
+) -> tuple[Transforms, NDArray[np.float64]]:
+    """The transforms, and the costs [H, D, 9] of codes that stand alone."""
+    analysis, eigenvalues = basis_of(moments.covariance if covariance is None else covariance, metric)
     centred = mx.concatenate(kept, axis=1).astype(mx.float32) - mx.array(moments.mean.astype(np.float32))[:, None]
-    scale = _deviations(eigenvalues)
+    scale = deviations(eigenvalues)
     unit = centred @ mx.array((analysis / scale[:, None]).astype(np.float32))
     alone, costs, stretch = _measure_costs(unit)
     arrays = moments.mean, analysis, eigenvalues, costs * scale[..., None] ** 2, stretch
@@ -82,16 +96,31 @@ def _measure_costs(unit: mx.array) -> tuple[NDArray[np.float64], NDArray[np.floa
         alone[..., bits] = np.take_along_axis(table, best[None], axis=0)[0]
         if bits <= RING_BITS:
             few = _thinned(unit, RING_VECTORS)
-            table = np.array(mx.stack([_error(_rounded_in_rings(few / s, bits), few / s) * s**2 for s in STRETCHES]))
-            best = table.argmin(axis=0)
-        costs[..., bits] = np.take_along_axis(table, best[None], axis=0)[0]
-        stretch[..., bits] = np.array(STRETCHES)[best]
+            # Rings have levels further out, so they need as much room as codes that stand alone, or one step less.
+            tried = np.array(STRETCHES)[np.stack([best, np.maximum(best - 1, 0)])]
+            spread = [mx.array(s.astype(np.float32))[:, None] for s in tried]
+            table = np.array(mx.stack([_error(_rounded_in_rings(few / s, bits) * s, few) for s in spread]))
+            at = table.argmin(axis=0)[None]
+        else:
+            tried, at = np.broadcast_to(np.array(STRETCHES)[:, None, None], table.shape), best[None]
+        costs[..., bits] = np.take_along_axis(table, at, axis=0)[0]
+        stretch[..., bits] = np.take_along_axis(tried, at, axis=0)[0]
     return alone, costs, stretch
 
 
 def rounded(unit: mx.array, bits: int) -> mx.array:
     """Numbers to their nearest levels."""
     return dequantize(quantize(unit, bits), bits) if bits else mx.zeros_like(unit)
+
+
+def coarsened(transforms: Transforms, x: mx.array, bits: int) -> mx.array:
+    """Vectors [B, H, T, D] with every coordinate at `bits` bits, alone."""
+    deviation = deviations(transforms.eigenvalues.astype(np.float64)) * transforms.stretch[..., bits]
+    analysis = mx.array((transforms.analysis / deviation[:, None]).astype(np.float32))
+    synthesis = np.linalg.inv(transforms.analysis.astype(np.float64)) * deviation[..., None]
+    mean = mx.array(transforms.mean)[:, None]
+    unit = rounded((x.astype(mx.float32) - mean) @ analysis, bits)
+    return unit @ mx.array(synthesis.astype(np.float32)) + mean
 
 
 def _rounded_in_rings(unit: mx.array, bits: int) -> mx.array:
@@ -126,7 +155,7 @@ def _sequence_ratio(
     coordinates of a head, because one coordinate alone is too noisy.
     """
     heads = len(transforms.mean)
-    deviation = _deviations(transforms.eigenvalues.astype(np.float64))
+    deviation = deviations(transforms.eigenvalues.astype(np.float64))
     analysis = mx.array((transforms.analysis / deviation[:, None]).astype(np.float32))
     synthesis = np.linalg.inv(transforms.analysis.astype(np.float64)) * deviation[..., None]
     back = mx.array(synthesis.astype(np.float32))
@@ -143,7 +172,7 @@ def _sequence_ratio(
     return np.asarray(np.clip(ratio, *RATIO_LIMITS)[:, None])
 
 
-def _deviations(eigenvalues: NDArray[np.float64]) -> NDArray[np.float64]:
+def deviations(eigenvalues: NDArray[np.float64]) -> NDArray[np.float64]:
     """Standard deviations [H, D], none of them zero."""
     root = np.sqrt(np.maximum(eigenvalues, 0))
     smallest = np.maximum(root.max(axis=-1, keepdims=True) * SMALLEST_RELATIVE_DEVIATION, 1e-30)

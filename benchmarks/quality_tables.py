@@ -1,0 +1,206 @@
+"""Tables and plot of quality, recall and calibration, from their JSON files (report.py puts them into README)."""
+
+import itertools
+import math
+import pathlib
+from collections.abc import Iterable
+from typing import Any
+
+import bound
+
+SHOWN = (
+    "spectral 1", "spectral 1.5", "spectral 2", "spectral 2.5", "spectral 3", "spectral 4",
+    "random rotation 2", "random rotation 3", "random rotation 4", "mlx affine 2", "mlx affine 3", "mlx affine 4",
+    "mlx as shipped 4", "mlx as shipped 3", "documented 4/1", "documented filled", "bound 1", "bound 2", "bound 3",
+)  # fmt: skip
+LIKE_CALIBRATION = ("encyclopaedia", "factbook", "prose", "python")
+# Method, what it is held against, the largest ratio of KL, geometric mean over domains.
+TARGETS = (
+    ("spectral 3", "mlx affine 4", 0.8), ("spectral 2", "mlx affine 3", 1.0), ("spectral 2", "random rotation 3", 0.7),
+    ("spectral 1", "random rotation 2", 0.8), ("spectral 2", "mlx as shipped 4", 0.3),
+)  # fmt: skip
+Result = dict[str, Any]
+
+
+def domains_of(result: Result) -> list[str]:
+    """Names of the domains, in order."""
+    return sorted({name.split("/", 1)[0] for name in result["cells"]})
+
+
+def cells_of(result: Result, method: str) -> list[Result] | None:
+    """The method's cells of every domain, or None where one is missing."""
+    cells = [result["cells"].get(f"{domain}/{method}") for domain in domains_of(result)]
+    return None if None in cells else cells
+
+
+def mean_kl(result: Result, method: str) -> float | None:
+    """Geometric mean over domains."""
+    cells = cells_of(result, method)
+    return cells and math.exp(sum(math.log(c["kl"]) for c in cells) / len(cells))
+
+
+def by_domain(result: Result) -> str:
+    """KL of every method on every domain, at one model, context and mode."""
+    domains = domains_of(result)
+    positions = [result["cells"][f"{d}/full precision"]["positions"] for d in domains]
+    lines = [
+        f"**{result['model']}**, context {result['context']:,}, {min(positions):,} to {max(positions):,} positions a "
+        "domain; mean KL in nats ± standard error (top-1 agreement):",
+        "",
+        "| cache | true bits | " + " | ".join(domains) + " |",
+        "|---|---|" + "---|" * len(domains),
+    ]
+    for method in SHOWN:
+        if (cells := cells_of(result, method)) is None:
+            continue
+        bold = "**" if method.startswith("spectral") else ""
+        shown = [f"{c['kl']:.5f} ± {c['kl_standard_error'] or 0:.5f} ({c['top1']:.1%})" for c in cells]
+        lines.append(f"| {bold}{method}{bold} | {cells[0]['true_bits']:.2f} | " + " | ".join(shown) + " |")
+    return "\n".join(lines)
+
+
+def summary(results: list[Result]) -> str:
+    """Geometric means over domains, a column for each model, context and mode."""
+    head = [f"{r['model']} {r['context']:,} {r['mode']}" for r in results]
+    lines = [
+        "KL, geometric mean over the domains:",
+        "",
+        "| cache | " + " | ".join(head) + " |",
+        "|---|" + "---|" * len(head),
+    ]
+    for method in SHOWN:
+        found = [mean_kl(r, method) for r in results]
+        if any(found):
+            lines.append(f"| {method} | " + " | ".join("" if kl is None else f"{kl:.5f}" for kl in found) + " |")
+    return "\n".join(lines)
+
+
+def paired(a: list[Result], b: list[Result]) -> tuple[float, float]:
+    """Geometric mean over domains of the ratio of mean KLs, and its standard error, texts paired."""
+    logs, variance = [], 0.0
+    for mine, theirs in zip(a, b, strict=True):
+        ratio = mine["kl"] / theirs["kl"]
+        residuals = [x - ratio * y for x, y in zip(mine["kl_by_text"], theirs["kl_by_text"], strict=True)]
+        n = len(residuals)
+        logs.append(math.log(ratio))
+        variance += sum(r * r for r in residuals) / max(n * (n - 1), 1) / mine["kl"] ** 2
+    ratio = math.exp(sum(logs) / len(logs))
+    return ratio, ratio * math.sqrt(variance) / len(logs)
+
+
+def targets(results: list[Result]) -> str:
+    """Ratios of KL that must hold."""
+    lines = [
+        "Ratio of KL, geometric mean over domains ± paired standard error (largest domain):",
+        "",
+        "| | at most | " + " | ".join(f"{r['model']} {r['context']:,} {r['mode']}" for r in results) + " |",
+        "|---|---|" + "---|" * len(results),
+    ]
+    for mine, theirs, limit in TARGETS:
+        shown = []
+        for result in results:
+            a, b = cells_of(result, mine), cells_of(result, theirs)
+            if a is None or b is None:
+                shown.append("")
+                continue
+            ratio, error = paired(a, b)
+            worst = max((x["kl"] / y["kl"], d) for x, y, d in zip(a, b, domains_of(result), strict=True))
+            shown.append(f"{ratio:.2f} ± {error:.2f} ({worst[1]} {worst[0]:.2f})")
+        lines.append(f"| {mine} : {theirs} | {limit} | " + " | ".join(shown) + " |")
+    shown = [_code_ratio(r) for r in results]
+    lines.append("| code : prose at 2.0, over that of random rotation 3 | 1.2 | " + " | ".join(shown) + " |")
+    return "\n".join(lines)
+
+
+def _code_ratio(result: Result) -> str:
+    cells = result["cells"]
+    names = [f"{d}/{m}" for m in ("spectral 2", "random rotation 3") for d in ("python", "prose")]
+    if any(n not in cells for n in names):
+        return ""
+    ours, ours_prose, theirs, theirs_prose = (cells[n]["kl"] for n in names)
+    return f"{ours / ours_prose / (theirs / theirs_prose):.2f}"
+
+
+def predictions(results: list[Result]) -> str:
+    """Predicted KL against the measured one, and the distance to the bound, at one model, context and mode each."""
+    lines = [
+        "Predicted KL, and the one measured on domains like the calibration text "
+        f"({', '.join(LIKE_CALIBRATION)}, mean); distance to the rate-distortion bound in bits, all domains, "
+        "with rings and of codes that stand alone:",
+        "",
+        "| model, context | bits | predicted | measured | ratio | bits above the bound | alone |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for result in results:
+        curve = {float(b): kl for b in bound.BITS if (kl := mean_kl(result, f"bound {b:g}"))}
+        for bits, predicted in result["predicted_kl"].items():
+            if (cells := cells_of(result, f"spectral {bits}")) is None:
+                continue
+            found = [c["kl"] for c, d in zip(cells, domains_of(result), strict=True) if d in LIKE_CALIBRATION]
+            measured = sum(found) / len(found)
+            lines.append(
+                f"| {result['model']} {result['context']:,} | {bits} | {predicted:.5f} | {measured:.5f} | "
+                f"{predicted / measured:.2f} | {_above(result, 'spectral', bits, curve)} | "
+                f"{_above(result, 'scalar', bits, curve)} |"
+            )
+    return "\n".join(lines)
+
+
+def _above(result: Result, method: str, bits: str, curve: dict[float, float]) -> str:
+    kl = mean_kl(result, f"{method} {bits}")
+    return (
+        f"{float(bits) - bound.bits_at(kl, curve):.2f}" if kl and len(curve) > 1 and float(bits) <= max(curve) else ""
+    )
+
+
+def recall(results: list[Result]) -> str:
+    """Share of planted facts' tokens still right, by distance."""
+    lines = []
+    for result in results:
+        columns = {d: r for d, r in result["distances"].items() if r["found_at_full_precision"]}
+        if not columns:
+            continue
+        head = [f"{int(d):,} back ({r['found_at_full_precision']} tokens)" for d, r in columns.items()]
+        lines += ["", f"| {result['model']} | " + " | ".join(head) + " |", "|---|" + "---|" * len(head)]
+        for method in next(iter(columns.values()))["still_right"]:
+            if method == "full precision":
+                continue
+            shown = [f"{r['still_right'][method]:.1%}" for r in columns.values()]
+            lines.append(f"| {method} | " + " | ".join(shown) + " |")
+    return "\n".join(lines[1:])
+
+
+def calibrations(results: list[Result]) -> str:
+    """Time and peak memory of calibration."""
+    lines = ["| model | device | sequences | seconds | peak, weights included |", "|---|---|---|---|---|"]
+    for r in results:
+        device, told = r["machine"]["device"], r["provenance"]
+        shown = (
+            f"{told['sequences']} of {told['sequence_length']:,} | {r['seconds']:.0f} | {r['peak_bytes'] / 1e9:.1f} GB"
+        )
+        lines.append(f"| {r['model']} | {device} | {shown} |")
+    return "\n".join(lines)
+
+
+def plot(results: Iterable[Result], file: pathlib.Path) -> None:
+    """KL by true bits, geometric mean over domains, one panel for each result."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    chosen = list(results)
+    figure, panels = pyplot.subplots(1, len(chosen), figsize=(5.5 * len(chosen), 4.5), squeeze=False)
+    for panel, result in zip(panels[0], chosen, strict=True):
+        names = dict.fromkeys(name.split("/", 1)[1] for name in result["cells"])
+        for kind, group in itertools.groupby(sorted(names), key=lambda n: n.rsplit(" ", 1)[0]):
+            if kind in ("full", "scalar"):
+                continue
+            points = sorted((c[0]["true_bits"], mean_kl(result, n)) for n in group if (c := cells_of(result, n)))
+            panel.semilogy(*zip(*points, strict=True), "--" if kind == "bound" else "o-", label=kind)
+        panel.set(title=f"{result['model']}, context {result['context']:,}", xlabel="true bits per number")
+        panel.set_ylabel("mean KL to full precision, nats")
+        panel.grid(alpha=0.3)
+        panel.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(file, dpi=110, metadata={"Software": None})

@@ -1,0 +1,78 @@
+"""Runs a kernel launch on this machine: the very text that GPUs get, compiled by g++ with kernels/host.h."""
+
+import ctypes
+import functools
+import hashlib
+import pathlib
+import subprocess
+import tempfile
+
+import mlx.core as mx
+import numpy as np
+
+from vq_kvcache import kernels
+
+TYPES = {
+    mx.float32: "float", mx.float16: "vq_half", mx.bfloat16: "vq_bfloat16", mx.int32: "int", mx.uint32: "uint",
+    mx.uint8: "unsigned char",
+}  # fmt: skip
+NUMPY = {mx.float32: np.float32, mx.float16: np.float16, mx.int32: np.int32, mx.uint32: np.uint32, mx.uint8: np.uint8}
+PROLOGUE = "float* vq_shared = reinterpret_cast<float*>(vq_space.data());\n"
+
+
+def source_of(launch):
+    """A C++ program with one function, `run(inputs, outputs)`."""
+    lines = [kernels.text("host.h", *kernels.TEXTS), 'extern "C" void run(void** in, void** out) {']
+    for i, (name, array) in enumerate(zip(launch.body.inputs, launch.inputs, strict=True)):
+        lines.append(f"  const {TYPES[array.dtype]}* {name} = (const {TYPES[array.dtype]}*)in[{i}];")
+    for i, (name, dtype) in enumerate(zip(launch.body.outputs, launch.output_dtypes, strict=True)):
+        lines.append(f"  {TYPES[dtype]}* {name} = ({TYPES[dtype]}*)out[{i}];")
+    for name, value in launch.template:
+        lines.append(
+            f"  using {name} = {TYPES[value]};" if isinstance(value, mx.Dtype) else f"  constexpr int {name} = {value};"
+        )
+    lines += [
+        f"  const int* groups = (const int*)in[{len(launch.inputs)}];",
+        "  for (int vq_z = 0; vq_z < groups[2]; ++vq_z)",
+        "    for (int vq_y = 0; vq_y < groups[1]; ++vq_y)",
+        "      for (int vq_x = 0; vq_x < groups[0]; ++vq_x) {",
+        # Poison, so that reading what was never written shows.
+        f"        std::vector<uint32_t> vq_space({launch.shared // 4 + 1}, 0x7fc07fc0u);",
+        f"        VqFibers({launch.threads}, [&](int vq_thread) {{ {PROLOGUE} {launch.body.call} }});",
+        "      }",
+        "}",
+    ]
+    return "\n".join(lines)
+
+
+@functools.cache
+def _folder():
+    return tempfile.TemporaryDirectory(prefix="vq_kvcache_host_")
+
+
+@functools.cache
+def compiled(source):
+    """The function `run` of a program."""
+    name = hashlib.sha256(source.encode()).hexdigest()[:16]
+    path = pathlib.Path(_folder().name, f"{name}.cpp")
+    path.write_text(source)
+    library = path.with_suffix(".so")
+    command = ["g++", "-std=c++17", "-O2", "-shared", "-fPIC", "-o", str(library), str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return ctypes.CDLL(str(library)).run
+
+
+def run(launch):
+    """The outputs as MLX arrays."""
+    mx.eval(list(launch.inputs))
+    held = [np.ascontiguousarray(np.array(a.view(mx.uint16) if a.dtype == mx.bfloat16 else a)) for a in launch.inputs]
+    held.append(np.array(launch.groups, np.int32))
+    outputs = []
+    for shape, dtype in zip(launch.output_shapes, launch.output_dtypes, strict=True):
+        kind = np.dtype(NUMPY.get(dtype, np.uint16))
+        outputs.append(np.frombuffer(b"\xfe" * (int(np.prod(shape)) * kind.itemsize), kind).reshape(shape).copy())
+    pointers = [(ctypes.c_void_p * len(a))(*(x.ctypes.data for x in a)) for a in (held, outputs)]
+    compiled(source_of(launch))(*pointers)
+    arrays = [mx.array(a) for a in outputs]
+    return [a.view(mx.bfloat16) if d == mx.bfloat16 else a for a, d in zip(arrays, launch.output_dtypes, strict=True)]

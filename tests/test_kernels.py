@@ -1,0 +1,63 @@
+"""The kernels' text against plain operations and a float64 oracle: on this machine by g++, on a GPU by MLX."""
+
+import dataclasses
+
+import host_kernels
+import mlx.core as mx
+import numpy as np
+import oracle
+import pytest
+from conftest import numpy
+
+from vq_kvcache import doctor, kernels
+from vq_kvcache.kernels import launches
+
+PLACE = "host" if mx.default_device().type == mx.DeviceType.cpu else kernels.backend()
+
+
+def run(launch, place):
+    return host_kernels.run(launch) if place == "host" else kernels.run(launch, place)
+
+
+@pytest.mark.parametrize("case", list(doctor.table()), ids=str)
+def test_attention_is_as_close_to_the_oracle_as_mlx_own(case):
+    held = doctor.snapshot(case)
+    shape = (case.batch, case.heads * case.group, case.length, case.key_dims)
+    queries = mx.random.normal(shape, key=mx.random.key(case.length)).astype(case.dtype)
+    mask, scale = doctor.mask_of(case, held.length), case.key_dims**-0.5
+    sinks = mx.random.normal((shape[1],)).astype(case.dtype) if case.sinks else None
+    exact = [x.astype(mx.float32) for x in (held.exact_keys, held.exact_values)]
+    keys, values = dataclasses.replace(held, exact_keys=exact[0], exact_values=exact[1]).decoded()
+    seen = numpy(mask).astype(bool) if isinstance(mask, mx.array) and mask.dtype == mx.bool_ else mask
+    seen = numpy(mask) if case.mask == "added" else seen
+    expected = oracle.attention(
+        *(numpy(x) for x in (queries, keys, values)), scale, seen, None if sinks is None else numpy(sinks)
+    )
+    found = doctor.attend_codes(held, queries, scale, mask, sinks, PLACE, run)
+    stock = doctor.attend_reference(held, queries, scale, mask, sinks)
+    assert found.dtype == case.dtype
+    error, own = (np.abs(numpy(x) - expected).max() for x in (found, stock))
+    assert error <= doctor.allowed(case, own)
+
+
+@pytest.mark.parametrize("bits", [0.5, 1.0, 2.0, 3.0, 4.25, 5.5, 7.0])
+def test_encoding_writes_the_words_of_plain_operations(bits):
+    quantizer = doctor.quantizer(96, 2, bits, 0)
+    x = mx.random.normal((2, 2, 70, 96), key=mx.random.key(0)) * 2 + quantizer.mean
+    (found,) = run(launches.encode(quantizer, x), PLACE)
+    expected = quantizer.encode_words(x)
+    # Sums differ in their last bits, so a number on an edge may fall to either side.
+    a, b = quantizer.decode_words(found), quantizer.decode_words(expected)
+    assert mx.mean((a - b) ** 2).item() <= 1e-5 * mx.mean((x - b) ** 2).item()
+    assert np.mean(np.array(found) == np.array(expected)) > (0.998 if PLACE == "host" else 0.9)
+
+
+@pytest.mark.parametrize("bits", [1.0, 2.5, 4.0, 7.0])
+@pytest.mark.parametrize("dtype", [mx.float16, mx.float32], ids=["float16", "float32"])
+def test_decoding_gives_the_levels_of_plain_operations(bits, dtype):
+    held = doctor.snapshot(doctor.Case(bits=bits, tokens=523, heads=3))
+    for part, quantizer in enumerate((held.key_quantizer, held.value_quantizer)):
+        expected = quantizer.decode_levels(held.words(0, held.packed_tokens)[part])[:, 1:]
+        (found,) = run(launches.decode(held, part, 1, 2, dtype), PLACE)
+        error = np.abs(numpy(found[..., : held.packed_tokens]) - numpy(expected)).max()
+        assert error <= (4e-3 if dtype == mx.float16 else 1e-5)

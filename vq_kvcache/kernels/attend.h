@@ -1,0 +1,331 @@
+// Attention of a few queries over one cache: exact tokens (sinks and window), and packed codes.
+//
+// The tokens are split over thread groups; each leaves, for each query, the maximum of its scores, the sum of its
+// weights and the weighted sum of its values (in the basis of the codes for packed tokens), and merge.h puts them
+// together. Scores are in bits: exp2 is cheaper than exp.
+//
+// A warp takes 64 packed tokens at a time. Each lane turns the words of two tokens into levels, which lie in a tile
+// [dims, tokens] that only this warp sees; scores and weighted sums are products with the tile by the matrix units.
+
+// Positions in `params`, int32.
+enum {
+  VQ_B, VQ_H, VQ_G, VQ_L, VQ_EXACT_SPLITS, VQ_PACKED_SPLITS, VQ_EXACT_CAPACITY, VQ_TILES, VQ_TILES_PER_SPLIT,
+  VQ_MASK_KIND, VQ_MASK_B, VQ_MASK_H, VQ_MASK_L, VQ_MASK_T, VQ_CHUNKS, VQ_SINKS, VQ_CHUNK_TABLE = 16,  // tokens, capacity each
+};
+enum { VQ_NO_MASK, VQ_CAUSAL, VQ_BOOL_MASK, VQ_ADDED_MASK };
+
+#define VQ_LOWEST -1e30f
+
+// What a thread knows of its place.
+struct VqPlace {
+  int split, head, batch, row_tile, warp, lane;
+};
+
+struct VqRows {
+  int sinks, start, end, packed;
+};
+
+VQ_FN VqRows vq_rows(VQ_IN(int) rows, int batch) {
+  VqRows r;
+  r.sinks = rows[batch * 4], r.start = rows[batch * 4 + 1], r.end = rows[batch * 4 + 2], r.packed = rows[batch * 4 + 3];
+  return r;
+}
+
+// The score as the mask leaves it; VQ_LOWEST where the position is hidden. `row` is a query of this KV head: query head
+// row / L of the group, query row % L.
+VQ_FN float vq_masked(float score, VQ_IN(int) params, VQ_IN(unsigned char) hidden, VQ_IN(float) added,
+                      VQ_THREAD const VqPlace& at, int row, int position, int length) {
+  const int kind = params[VQ_MASK_KIND];
+  if (kind == VQ_NO_MASK) return score;
+  const int queries = params[VQ_L], query = row % queries;
+  if (kind == VQ_CAUSAL) return position <= length - queries + query ? score : VQ_LOWEST;
+  const int head = at.head * params[VQ_G] + row / queries;
+  const int i = at.batch * params[VQ_MASK_B] + head * params[VQ_MASK_H] + query * params[VQ_MASK_L] +
+                position * params[VQ_MASK_T];
+  if (kind == VQ_BOOL_MASK) return hidden[i] ? score : VQ_LOWEST;
+  return vq_max(score + added[i] * 1.44269504f, VQ_LOWEST);
+}
+
+VQ_FN float vq_weight(float score, float top) { return score > 0.5f * VQ_LOWEST ? vq_exp2(score - top) : 0.0f; }
+
+// Queries of this row tile, scaled: q [16, DK] float32.
+template <typename T, int DK>
+VQ_FN float vq_query(VQ_IN(T) q, VQ_IN(int) params, VQ_THREAD const VqPlace& at, int row, int d) {
+  const int queries = params[VQ_L], heads = params[VQ_H] * params[VQ_G];
+  const int head = at.head * params[VQ_G] + row / queries;
+  return vq_float(q[((at.batch * heads + head) * queries + row % queries) * DK + d]);
+}
+
+// Where the outputs of this split begin; `rows` queries follow one another.
+VQ_FN int vq_partial(VQ_IN(int) params, VQ_THREAD const VqPlace& at) {
+  const int splits = params[VQ_EXACT_SPLITS] + params[VQ_PACKED_SPLITS];
+  return ((at.batch * params[VQ_H] + at.head) * splits + at.split) * params[VQ_G] * params[VQ_L] + at.row_tile * 16;
+}
+
+// Sinks and window: 64 exact tokens, in float32. shared: [16, DK] queries, [16, 64] scores.
+template <typename T, int DK, int DV>
+VQ_FN void vq_attend_exact(VQ_IN(T) q, VQ_IN(T) keys, VQ_IN(T) values, VqRows held, VQ_IN(int) params, float scale,
+                           VQ_IN(unsigned char) hidden, VQ_IN(float) added, VQ_OUT(float) sums, VQ_OUT(float) outputs,
+                           VQ_SHARED(float) shared, VQ_THREAD const VqPlace& at, int threads) {
+  const int queries = params[VQ_G] * params[VQ_L], rows = queries - at.row_tile * 16 < 16 ? queries - at.row_tile * 16 : 16;
+  const int thread = at.warp * 32 + at.lane, capacity = params[VQ_EXACT_CAPACITY];
+  const int exact = held.sinks + held.end - held.start, first = at.split * VQ_TOKENS;
+  const int count = exact - first < VQ_TOKENS ? exact - first : VQ_TOKENS;
+  VQ_SHARED(float) scores = shared + 16 * DK;
+  for (int i = thread; i < rows * DK; i += threads)
+    shared[i] = vq_query<T, DK>(q, params, at, at.row_tile * 16 + i / DK, i % DK) * scale;
+  VQ_SYNC_GROUP();
+  const int plane = (at.batch * params[VQ_H] + at.head) * capacity;
+  for (int i = thread; i < rows * VQ_TOKENS; i += threads) {
+    const int row = i / VQ_TOKENS, t = i % VQ_TOKENS, e = first + t;
+    float score = VQ_LOWEST;
+    if (t < count) {
+      VQ_IN(T) key = keys + (plane + (e < held.sinks ? e : held.start + e - held.sinks)) * DK;
+      score = 0.0f;
+      VQ_UNROLL
+      for (int d = 0; d < DK; ++d) score = vq_fma(shared[row * DK + d], vq_float(key[d]), score);
+      const int position = e < held.sinks ? e : held.packed + e;
+      score = vq_masked(score, params, hidden, added, at, at.row_tile * 16 + row, position, held.packed + exact);
+    }
+    scores[i] = score;
+  }
+  VQ_SYNC_GROUP();
+  const int base = vq_partial(params, at);
+  for (int row = thread; row < rows; row += threads) {
+    float top = VQ_LOWEST, sum = 0.0f;
+    for (int t = 0; t < VQ_TOKENS; ++t) top = vq_max(top, scores[row * VQ_TOKENS + t]);
+    for (int t = 0; t < VQ_TOKENS; ++t) {
+      const float weight = vq_weight(scores[row * VQ_TOKENS + t], top);
+      scores[row * VQ_TOKENS + t] = weight;
+      sum += weight;
+    }
+    sums[2 * (base + row)] = top, sums[2 * (base + row) + 1] = sum;
+  }
+  VQ_SYNC_GROUP();
+  for (int d = thread; d < DV; d += threads) {
+    float out[16];
+    VQ_UNROLL
+    for (int r = 0; r < 16; ++r) out[r] = 0.0f;
+    for (int t = 0; t < count; ++t) {
+      const int e = first + t, column = e < held.sinks ? e : held.start + e - held.sinks;
+      const float value = vq_float(values[(plane + column) * DV + d]);
+      VQ_UNROLL
+      for (int r = 0; r < 16; ++r) out[r] = vq_fma(scores[r * VQ_TOKENS + t], value, out[r]);
+    }
+    VQ_UNROLL
+    for (int r = 0; r < 16; ++r)
+      if (r < rows) outputs[(base + r) * DV + d] = out[r];
+  }
+}
+
+// The queries of this row tile in the basis of the codes: folded [16, DK + VQ_PAD], and the share of the keys' mean in
+// every score, constant [16]. plain: [16, DK], only for the time of this function.
+template <typename T, typename E, int DK>
+VQ_FN void vq_fold(VQ_IN(T) q, VQ_IN(float) fold, VQ_IN(float) mean, VQ_IN(int) params, float scale, int stored,
+                   int fold_rows, VQ_SHARED(float) plain, VQ_SHARED(E) folded, VQ_SHARED(float) constant,
+                   VQ_THREAD const VqPlace& at, int threads) {
+  const int left = params[VQ_G] * params[VQ_L] - at.row_tile * 16, rows = left < 16 ? left : 16;
+  const int thread = at.warp * 32 + at.lane;
+  for (int i = thread; i < 16 * DK; i += threads)
+    plain[i] = i / DK < rows ? vq_query<T, DK>(q, params, at, at.row_tile * 16 + i / DK, i % DK) * scale : 0.0f;
+  VQ_SYNC_GROUP();
+  for (int n = thread; n < DK; n += threads) {
+    VQ_IN(float) basis = fold + (at.head * fold_rows + n) * DK;
+    for (int first = 0; first < 16; first += 4) {
+      float x[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+      if (first < rows && n < stored) {
+        VQ_UNROLL
+        for (int d = 0; d < DK; ++d) {
+          const float y = basis[d];
+          VQ_UNROLL
+          for (int r = 0; r < 4; ++r) x[r] = vq_fma(plain[(first + r) * DK + d], y, x[r]);
+        }
+      }
+      VQ_UNROLL
+      for (int r = 0; r < 4; ++r) vq_set(folded[(first + r) * (DK + VQ_PAD) + n], x[r]);
+    }
+  }
+  for (int row = at.warp; row < 16; row += threads / 32) {
+    float x = 0.0f;
+    for (int d = at.lane; d < DK; d += 32) x += plain[row * DK + d] * mean[at.head * DK + d];
+    for (uint bit = 16; bit; bit /= 2) x += vq_shuffle_xor(x, bit);
+    if (at.lane == 0) constant[row] = x;
+  }
+  VQ_SYNC_GROUP();
+}
+
+// What a lane keeps while it walks over the tokens: of its two rows the maximum and its part of the sum of weights, and
+// its fragments of the weighted sums [16, DV].
+template <int DV>
+struct VqRunning {
+  float top[2], sum[2], output[DV / 8][4];
+};
+
+// Scores of one tile, in place, to weights; the running sums are brought to the new maximum.
+template <int DV>
+VQ_FN void vq_soften(VQ_THREAD float (&s)[8][4], VQ_THREAD VqRunning<DV>& running) {
+  VQ_UNROLL
+  for (int half = 0; half < 2; ++half) {
+    float top = running.top[half];
+    VQ_UNROLL
+    for (int n = 0; n < 8; ++n) top = vq_max(top, vq_max(s[n][2 * half], s[n][2 * half + 1]));
+    top = vq_max(top, vq_shuffle_xor(top, VQ_ROW_A));
+    top = vq_max(top, vq_shuffle_xor(top, VQ_ROW_B));
+    const float change = vq_exp2(running.top[half] - top);
+    float sum = running.sum[half] * change;
+    VQ_UNROLL
+    for (int n = 0; n < 8; ++n) {
+      VQ_UNROLL
+      for (int i = 2 * half; i < 2 * half + 2; ++i) {
+        s[n][i] = vq_weight(s[n][i], top);
+        sum += s[n][i];
+      }
+    }
+    running.top[half] = top, running.sum[half] = sum;
+    VQ_UNROLL
+    for (int n = 0; n < DV / 8; ++n) running.output[n][2 * half] *= change, running.output[n][2 * half + 1] *= change;
+  }
+}
+
+// Hide the scores of positions that this row does not hold or the mask hides.
+VQ_FN void vq_hide(VQ_THREAD float (&s)[8][4], VQ_THREAD const VqTile& t, VqRows held, VQ_IN(int) params,
+                   VQ_IN(unsigned char) hidden, VQ_IN(float) added, VQ_THREAD const VqPlace& at) {
+  const int queries = params[VQ_G] * params[VQ_L], length = held.sinks + held.packed + held.end - held.start;
+  const bool masked = params[VQ_MASK_KIND] != VQ_NO_MASK;
+  if (!masked && t.valid >= VQ_TOKENS) return;
+  VQ_UNROLL
+  for (int n = 0; n < 8; ++n) {
+    VQ_UNROLL
+    for (int e = 0; e < 4; ++e) {
+      const int column = n * 8 + VQ_COL(at.lane) + e % 2, row = at.row_tile * 16 + VQ_ROW(at.lane) + e / 2 * 8;
+      if (column >= t.valid) {
+        s[n][e] = VQ_LOWEST;
+      } else if (masked && row < queries) {
+        s[n][e] = vq_masked(s[n][e], params, hidden, added, at, row, held.sinks + t.first + column, length);
+      }
+    }
+  }
+}
+
+// The running sums of all warps of the group -> the outputs of this split.
+template <int DV>
+VQ_FN void vq_gather(VQ_THREAD VqRunning<DV>& running, VQ_SHARED(float) constant, VQ_IN(int) params,
+                     VQ_OUT(float) sums, VQ_OUT(float) outputs, VQ_SHARED(float) shared, VQ_THREAD const VqPlace& at, int warps) {
+  VQ_SHARED(float) tops = shared + warps * 16 * DV;  // after the outputs: [warps, 16] tops, then sums
+  VQ_SYNC_GROUP();
+  VQ_UNROLL
+  for (int half = 0; half < 2; ++half) {
+    const int row = VQ_ROW(at.lane) + 8 * half;
+    float sum = running.sum[half];
+    sum += vq_shuffle_xor(sum, VQ_ROW_A);
+    sum += vq_shuffle_xor(sum, VQ_ROW_B);
+    tops[at.warp * 16 + row] = running.top[half];
+    tops[(warps + at.warp) * 16 + row] = sum;
+    VQ_UNROLL
+    for (int n = 0; n < DV / 8; ++n) {
+      VQ_SHARED(float) out = shared + (at.warp * 16 + row) * DV + n * 8 + VQ_COL(at.lane);
+      out[0] = running.output[n][2 * half], out[1] = running.output[n][2 * half + 1];
+    }
+  }
+  VQ_SYNC_GROUP();
+  const int base = vq_partial(params, at);
+  const int left = params[VQ_G] * params[VQ_L] - at.row_tile * 16, rows = left < 16 ? left : 16;
+  for (int i = at.warp * 32 + at.lane; i < rows * DV; i += warps * 32) {
+    const int row = i / DV;
+    float top = VQ_LOWEST, sum = 0.0f, out = 0.0f;
+    for (int w = 0; w < warps; ++w) top = vq_max(top, tops[w * 16 + row]);
+    for (int w = 0; w < warps; ++w) {
+      const float share = vq_exp2(tops[w * 16 + row] - top);
+      sum += share * tops[(warps + w) * 16 + row];
+      out += share * shared[(w * 16 + row) * DV + i % DV];
+    }
+    outputs[base * DV + i] = out;
+    if (i % DV == 0) sums[2 * (base + row)] = top + constant[row], sums[2 * (base + row) + 1] = sum;
+  }
+}
+
+// Packed tokens. shared: constant [16], folded queries [16, DK + VQ_PAD], then for each warp scratch and a tile. KROWS,
+// VROWS: dims of keys and of values that a tile holds at once.
+template <typename T, typename E, int DK, int DV, int KROWS, int VROWS, int WARPS>
+VQ_FN void vq_attend_packed(VQ_IN(T) q, VQ_CHUNK_ARGUMENTS, VqRows held, VQ_IN(float) fold, VQ_IN(float) mean,
+                            VQ_IN(int) table, VQ_IN(float) levels, VQ_IN(int) params, float scale,
+                            VQ_IN(unsigned char) hidden, VQ_IN(float) added, VQ_OUT(float) sums,
+                            VQ_OUT(float) outputs, VQ_SHARED(float) shared, VQ_THREAD const VqPlace& at) {
+  VQ_SHARED(float) constant = shared;
+  VQ_SHARED(E) folded = (VQ_SHARED(E))(shared + 16);
+  const int rows = KROWS > VROWS ? KROWS : VROWS;
+  VQ_SHARED(float) scratch = shared + 16 + 16 * (DK + VQ_PAD) * (int)sizeof(E) / 4 +
+                             at.warp * (rows * VQ_STRIDE * (int)sizeof(E) / 4 + VQ_SCRATCH(E));
+  VQ_SHARED(E) tile = (VQ_SHARED(E))(scratch + VQ_SCRATCH(E));
+  const int key_entry = VQ_HEAD_TABLE + at.head * VQ_HEAD_INTS, heads = params[VQ_H];
+  const int value_entry = VQ_HEAD_TABLE + (heads + at.head) * VQ_HEAD_INTS;
+  const int total_words = table[VQ_TOTAL_WORDS];
+  vq_fold<T, E, DK>(q, fold, mean, params, scale, table[key_entry + 2], table[VQ_KEY_ROWS],
+                    shared + 16 + 16 * (DK + VQ_PAD) * (int)sizeof(E) / 4, folded, constant, at, WARPS * 32);
+  for (int i = at.lane; i < rows * VQ_STRIDE; i += 32) vq_set(tile[i], 0.0f);  // what is never written must not be NaN
+  VQ_SYNC_GROUP();
+  VqRunning<DV> running;
+  VQ_UNROLL
+  for (int half = 0; half < 2; ++half) running.top[half] = VQ_LOWEST, running.sum[half] = 0.0f;
+  VQ_UNROLL
+  for (int n = 0; n < DV / 8; ++n) running.output[n][0] = running.output[n][1] = running.output[n][2] = running.output[n][3] = 0.0f;
+  const int first_tile = (at.split - params[VQ_EXACT_SPLITS]) * params[VQ_TILES_PER_SPLIT];
+  int last_tile = first_tile + params[VQ_TILES_PER_SPLIT];
+  if (last_tile > params[VQ_TILES]) last_tile = params[VQ_TILES];
+  for (int i = first_tile + at.warp; i < last_tile; i += WARPS) {
+    const VqTile t =
+        vq_find_tile(params + VQ_CHUNK_TABLE, params[VQ_CHUNKS], VQ_CHUNK_NAMES, i, held.packed, total_words, at.batch);
+    if (t.valid <= 0) continue;
+    VQ_IN(uint) words = t.words + 2 * at.lane;
+    const bool loads = t.token + 2 * at.lane < t.capacity;
+    float s[8][4];
+    VQ_UNROLL
+    for (int n = 0; n < 8; ++n) s[n][0] = s[n][1] = s[n][2] = s[n][3] = 0.0f;
+    VQ_UNROLL
+    for (int first = 0; first < DK; first += KROWS) {
+      const VqTarget<VQ_SHARED(E), sizeof(E) == 4, DK / KROWS> to = {tile + 2 * at.lane, VQ_STRIDE, first, KROWS};
+      vq_decode_tile(table, key_entry, words, t.capacity, loads, levels, to);
+      VQ_SYNC_WARP();
+      vq_scores<KROWS>(s, folded + first, DK + VQ_PAD, tile, at.lane);
+      VQ_SYNC_WARP();
+    }
+    vq_hide(s, t, held, params, hidden, added, at);
+    vq_soften<DV>(s, running);
+    VQ_UNROLL
+    for (int first = 0; first < DV; first += VROWS) {
+      const VqTarget<VQ_SHARED(E), sizeof(E) == 4, DV / VROWS> to = {tile + 2 * at.lane, VQ_STRIDE, first, VROWS};
+      vq_decode_tile(table, value_entry, words, t.capacity, loads, levels, to);
+      VQ_SYNC_WARP();
+      vq_accumulate<VROWS>(running.output, first / 8, s, tile, scratch, at.lane);
+      VQ_SYNC_WARP();
+    }
+  }
+  vq_gather<DV>(running, constant, params, sums, outputs, shared + 16, at, WARPS);
+}
+
+template <typename T>
+struct VqElement {
+  typedef vq_half type;
+};
+template <>
+struct VqElement<float> {
+  typedef float type;
+};
+
+// One thread group: x the split, y head and batch row, z sixteen queries of a group of query heads.
+template <typename T, int DK, int DV, int KROWS, int VROWS, int WARPS>
+VQ_FN void vq_attend(VQ_IN(T) q, VQ_IN(T) keys, VQ_IN(T) values, VQ_CHUNK_ARGUMENTS, VQ_IN(int) rows,
+                     VQ_IN(float) fold, VQ_IN(float) mean, VQ_IN(int) table, VQ_IN(float) levels, VQ_IN(int) params,
+                     VQ_IN(float) scale, VQ_IN(unsigned char) hidden, VQ_IN(float) added, VQ_OUT(float) sums,
+                     VQ_OUT(float) outputs, VQ_SHARED(float) shared, int x, int y, int z, int thread) {
+  const int heads = params[VQ_H];
+  const VqPlace at = {x, y % heads, y / heads, z, thread / 32, thread % 32};
+  const VqRows held = vq_rows(rows, at.batch);
+  if (x < params[VQ_EXACT_SPLITS]) {
+    vq_attend_exact<T, DK, DV>(q, keys, values, held, params, scale[0], hidden, added, sums, outputs, shared, at,
+                               WARPS * 32);
+  } else {
+    vq_attend_packed<T, typename VqElement<T>::type, DK, DV, KROWS, VROWS, WARPS>(
+        q, VQ_CHUNK_NAMES, held, fold, mean, table, levels, params, scale[0], hidden, added, sums, outputs, shared, at);
+  }
+}

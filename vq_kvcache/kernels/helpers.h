@@ -1,0 +1,232 @@
+// From packed words to levels: shared by all kernels and all compilers. See packing.py for the layout and trellis.py
+// for rings.
+
+enum {
+  VQ_TOTAL_WORDS = 1, VQ_KEY_ROWS = 2, VQ_VALUE_ROWS = 3,  // in a layer's table: W, rows of `fold`, rows of `unfold`
+  VQ_HEAD_TABLE = 16,  // where its heads begin: of keys, then of values
+  VQ_HEAD_INTS = 4,    // first piece, pieces, stored coordinates, first word
+  VQ_PIECE_INTS = 8,
+  VQ_COEFFICIENTS = 8,  // floats kept for each polynomial
+};
+
+// A run of codes of one width in each of `words` words: a segment of packing.py.
+struct VqPiece {
+  int width, ring, shift, slots, words, first_word, first;
+};
+
+VQ_FN VqPiece vq_piece(VQ_IN(int) table, int at) {
+  VqPiece p;
+  p.width = table[at], p.ring = table[at + 1], p.shift = table[at + 2], p.slots = table[at + 3];
+  p.words = table[at + 4], p.first_word = table[at + 5], p.first = table[at + 6];
+  return p;
+}
+
+// One bit at the start of each W-bit field; of the even fields alone.
+template <int W>
+struct VqFields {
+  enum : uint {
+    low = W == 1 ? 0xffffffffu : W == 2 ? 0x55555555u : W == 3 ? 0x09249249u : W == 4 ? 0x11111111u : 0x02108421u,
+    even = W == 1 ? 0x55555555u : W == 2 ? 0x11111111u : W == 3 ? 0x01041041u : W == 4 ? 0x01010101u : 0x00100401u,
+    mask = (1u << W) - 1u,
+  };
+};
+
+// The codes of a ring, each with its neighbours' bits: indices of W + 1 bits, those of even slots s at bit s * W, those
+// of odd ones at bit s * W - 1.
+template <int W>
+VQ_FN void vq_turn(uint x, int slots, uint& even, uint& odd) {
+  const int whole = W * slots;
+  const uint f = x & (0xffffffffu >> (32 - whole));
+  const uint one = f << W | f >> (whole - W), two = f << 2 * W | f >> (whole - 2 * W);
+  const uint turned = f ^ (two & VqFields<W>::low);
+  const uint even_low = VqFields<W>::even, odd_low = VqFields<W>::low & ~even_low;
+  even = (turned << 1 & even_low * VqFields<W>::mask << 1) | (one & even_low);
+  odd = (turned & odd_low * VqFields<W>::mask) | (one & odd_low) >> 1;
+}
+
+// Level of t: c0 t + c1 t^3 + ..., N terms.
+template <int N>
+VQ_FN float vq_polynomial(float t, VQ_IN(float) c) {
+  const float square = t * t;
+  float r = c[N - 1];
+  VQ_UNROLL
+  for (int i = N - 2; i >= 0; --i) r = vq_fma(r, square, c[i]);
+  return r * t;
+}
+template <int N>
+VQ_FN vq_half2 vq_polynomial(vq_half2 t, VQ_THREAD const vq_half2* c) {
+  const vq_half2 square = vq_mul(t, t);
+  vq_half2 r = c[N - 1];
+  VQ_UNROLL
+  for (int i = N - 2; i >= 0; --i) r = vq_fma(r, square, c[i]);
+  return vq_mul(r, t);
+}
+
+// The index j of `bits` bits from bit `pos` on, of a and of b -> t = (2 j + 1) / 2^bits - 1, exact in half precision.
+// The index is put into the mantissa of 1024, so no integer is converted. `bits` and `pos` are constants when inlined.
+VQ_FN vq_half2 vq_centred(uint a, uint b, int bits, int pos) {
+  const int byte = pos / 8 < 2 ? pos / 8 : 2, offset = pos - 8 * byte;
+  const int k = offset + bits > 10 ? 0 : offset;
+  const uint mask = ((1u << bits) - 1u) << k;
+  uint x = vq_pair(a, b, byte);
+  if (k != offset) x >>= offset;
+  const vq_half2 h = vq_as_half2((x & (mask | mask << 16)) | 0x64006400u);
+  const float scale = 2.0f / (1 << (bits + k));
+  // Half of an odd number is no half-precision number beyond 1024, unless the index stands a bit higher.
+  if (k == 0) return vq_fma(vq_sub(h, vq_splat(1024.0f + (1 << (bits - 1)))), vq_splat(scale), vq_splat(scale / 2));
+  return vq_fma(h, vq_splat(scale), vq_splat(-(1024.0f + 0.5f * mask) * scale));
+}
+
+// Terms of the polynomial of each width, in rings (trellis.py) and alone (codebook.py).
+template <int W, bool RING>
+struct VqTerms {
+  enum { count = RING ? (W < 3 ? 2 : 3) : (W == 1 ? 1 : W < 4 ? 2 : W == 4 ? 3 : W == 5 ? 4 : W == 6 ? 5 : 6) };
+};
+
+// Where levels of two neighbouring tokens go: half of them at a time, or float32.
+VQ_FN void vq_put(VQ_SHARED(vq_half) at, vq_half2 pair) { *(VQ_SHARED(vq_half2))at = pair; }
+VQ_FN void vq_put(VQ_SHARED(float) at, float a, float b) { at[0] = a, at[1] = b; }
+#ifdef VQ_SEPARATE_SPACES
+VQ_FN void vq_put(VQ_OUT(vq_half) at, vq_half2 pair) { *(VQ_OUT(vq_half2))at = pair; }
+VQ_FN void vq_put(VQ_OUT(float) at, float a, float b) { at[0] = a, at[1] = b; }
+#endif
+
+// A tile [dims, tokens] that levels are written to: rows first .. first + rows - 1, or all when PASSES is 1.
+template <typename P, bool WIDE, int PASSES>
+struct VqTarget {
+  P at;
+  int stride, first, rows;
+};
+
+// One word of each of two neighbouring tokens -> their levels, to rows row, row + step, ...
+template <int W, bool RING, bool FULL, typename P, int PASSES>
+VQ_FN void vq_word(uint a, uint b, int slots, VQ_IN(float) c, VQ_THREAD const vq_half2* h,
+                   VQ_THREAD const VqTarget<P, false, PASSES>& to, int row, int step) {
+  uint ea = a, eb = b, oa = a, ob = b;
+  if (RING) vq_turn<W>(a, slots, ea, oa), vq_turn<W>(b, slots, eb, ob);
+  P at = to.at + (row - to.first) * to.stride;
+  VQ_UNROLL
+  for (int s = 0; s < 32 / W; ++s) {
+    if (!FULL && s >= slots) break;
+    const bool odd = RING && s % 2;
+    if (PASSES == 1 || (row >= to.first && row < to.first + to.rows)) {
+      const vq_half2 t = vq_centred(odd ? oa : ea, odd ? ob : eb, RING ? W + 1 : W, s * W - odd);
+      if (W < 5 || RING) {
+        vq_put(at, vq_polynomial<VqTerms<W, RING>::count>(t, h));
+      } else {  // the long polynomials of wide codes cancel too much for half precision
+        vq_put(at, vq_pack(vq_polynomial<VqTerms<W, RING>::count>(vq_low(t), c),
+                           vq_polynomial<VqTerms<W, RING>::count>(vq_high(t), c)));
+      }
+    }
+    at += step * to.stride;
+    if (PASSES > 1) row += step;
+  }
+}
+template <int W, bool RING, bool FULL, typename P, int PASSES>
+VQ_FN void vq_word(uint a, uint b, int slots, VQ_IN(float) c, VQ_THREAD const vq_half2*,
+                   VQ_THREAD const VqTarget<P, true, PASSES>& to, int row, int step) {
+  uint ea = a, eb = b, oa = a, ob = b;
+  if (RING) vq_turn<W>(a, slots, ea, oa), vq_turn<W>(b, slots, eb, ob);
+  P at = to.at + (row - to.first) * to.stride;
+  VQ_UNROLL
+  for (int s = 0; s < 32 / W; ++s) {
+    if (!FULL && s >= slots) break;
+    const bool odd = RING && s % 2;
+    const int bits = RING ? W + 1 : W;
+    const uint mask = (1u << bits) - 1u;
+    const float scale = 2.0f / (1 << bits), offset = scale / 2 - 1.0f;
+    if (PASSES == 1 || (row >= to.first && row < to.first + to.rows)) {
+      const uint i = (odd ? oa : ea) >> (s * W - odd) & mask, j = (odd ? ob : eb) >> (s * W - odd) & mask;
+      vq_put(at, vq_polynomial<VqTerms<W, RING>::count>(vq_fma((float)i, scale, offset), c),
+             vq_polynomial<VqTerms<W, RING>::count>(vq_fma((float)j, scale, offset), c));
+    }
+    at += step * to.stride;
+    if (PASSES > 1) row += step;
+  }
+}
+
+// The words of a piece, of this lane's two tokens (the first is even, so that both are one load). words: [W, capacity],
+// from the first token on. `held`: whether they exist.
+template <int W, bool RING, bool FULL, typename P, bool WIDE, int PASSES>
+VQ_FN void vq_decode_words(VQ_THREAD const VqPiece& p, VQ_IN(uint) words, int capacity, bool held, VQ_IN(float) levels,
+                           VQ_THREAD const VqTarget<P, WIDE, PASSES>& to) {
+  VQ_IN(float) c = levels + ((RING ? 9 : 0) + W) * VQ_COEFFICIENTS;
+  vq_half2 h[3];
+  VQ_UNROLL
+  for (int i = 0; i < 3; ++i) h[i] = vq_splat(c[i]);
+  words += p.first_word * capacity;
+  uint a = 0, b = 0, next_a = 0, next_b = 0;
+  if (held) vq_load2(words, a, b);
+  for (int w = 0; w < p.words; ++w) {
+    words += capacity;
+    if (held && w + 1 < p.words) vq_load2(words, next_a, next_b);
+    vq_word<W, RING, FULL>(a >> p.shift, b >> p.shift, p.slots, c, h, to, p.first + w, p.words);
+    a = next_a, b = next_b;
+  }
+}
+
+template <int W, bool RING, typename P, bool WIDE, int PASSES>
+VQ_FN void vq_decode_width(VQ_THREAD const VqPiece& p, VQ_IN(uint) words, int capacity, bool held,
+                           VQ_IN(float) levels, VQ_THREAD const VqTarget<P, WIDE, PASSES>& to) {
+  if (RING && p.slots == 32 / W) {
+    vq_decode_words<W, RING, true>(p, words, capacity, held, levels, to);
+  } else {
+    vq_decode_words<W, RING, false>(p, words, capacity, held, levels, to);
+  }
+}
+
+// All pieces of one head into a tile.
+template <typename P, bool WIDE, int PASSES>
+VQ_FN void vq_decode_tile(VQ_IN(int) table, int head_entry, VQ_IN(uint) words, int capacity, bool held,
+                          VQ_IN(float) levels, VqTarget<P, WIDE, PASSES> to) {
+  const int first = table[head_entry], count = table[head_entry + 1];
+  for (int i = 0; i < count; ++i) {
+    const VqPiece p = vq_piece(table, first + i * VQ_PIECE_INTS);
+    switch (p.width + (p.ring ? 16 : 0)) {
+      case 1: vq_decode_width<1, false>(p, words, capacity, held, levels, to); break;
+      case 2: vq_decode_width<2, false>(p, words, capacity, held, levels, to); break;
+      case 3: vq_decode_width<3, false>(p, words, capacity, held, levels, to); break;
+      case 4: vq_decode_width<4, false>(p, words, capacity, held, levels, to); break;
+      case 5: vq_decode_width<5, false>(p, words, capacity, held, levels, to); break;
+      case 6: vq_decode_width<6, false>(p, words, capacity, held, levels, to); break;
+      case 7: vq_decode_width<7, false>(p, words, capacity, held, levels, to); break;
+      case 8: vq_decode_width<8, false>(p, words, capacity, held, levels, to); break;
+      case 17: vq_decode_width<1, true>(p, words, capacity, held, levels, to); break;
+      case 18: vq_decode_width<2, true>(p, words, capacity, held, levels, to); break;
+      case 19: vq_decode_width<3, true>(p, words, capacity, held, levels, to); break;
+      case 20: vq_decode_width<4, true>(p, words, capacity, held, levels, to); break;
+      case 21: vq_decode_width<5, true>(p, words, capacity, held, levels, to); break;
+    }
+  }
+}
+
+#define VQ_CHUNK_ARGUMENTS \
+  VQ_IN(uint) w0, VQ_IN(uint) w1, VQ_IN(uint) w2, VQ_IN(uint) w3, VQ_IN(uint) w4, VQ_IN(uint) w5, VQ_IN(uint) w6, \
+      VQ_IN(uint) w7
+#define VQ_CHUNK_NAMES w0, w1, w2, w3, w4, w5, w6, w7
+
+// Where a tile of 64 packed tokens of one batch row lies, and how many of them the row holds.
+struct VqTile {
+  VQ_IN(uint) words;
+  int capacity, first, token, valid;
+};
+
+// `chunks`: tokens and capacity of each chunk. total_words: of keys and values of all heads.
+VQ_FN VqTile vq_find_tile(VQ_IN(int) chunks, int count, VQ_CHUNK_ARGUMENTS, int tile, int packed, int total_words,
+                          int batch) {
+  VqTile t;
+  int chunk = 0, first = 0;
+  for (; chunk < count - 1; ++chunk) {
+    const int tokens = chunks[2 * chunk], tiles = (tokens + VQ_TOKENS - 1) / VQ_TOKENS;
+    if (tile < tiles) break;
+    tile -= tiles, first += tokens;
+  }
+  const int tokens = chunks[2 * chunk], token = tile * VQ_TOKENS;
+  const int until = packed - first < tokens ? packed - first : tokens;
+  VQ_IN(uint) words = chunk < 4 ? (chunk < 2 ? (chunk ? w1 : w0) : (chunk == 2 ? w2 : w3))
+                                : (chunk < 6 ? (chunk == 4 ? w4 : w5) : (chunk == 6 ? w6 : w7));
+  t.capacity = chunks[2 * chunk + 1];
+  t.words = words + (size_t)batch * total_words * t.capacity + token;
+  t.token = token, t.first = first + token, t.valid = until - token;
+  return t;
+}

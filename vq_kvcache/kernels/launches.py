@@ -1,0 +1,321 @@
+"""What each kernel is launched with: the tables of a layer, the numbers of a step, and how work is split."""
+
+import functools
+from typing import TYPE_CHECKING, Any
+
+import mlx.core as mx
+import numpy as np
+
+from ..rows import Rows
+from ..spectral import codebook, trellis
+from ..spectral.packing import Layout
+from ..spectral.spectral_quant import Quantizer, SpectralQuantizer
+from . import ATTEND, DECODE, ENCODE, MERGE, Launch, backend, run
+
+if TYPE_CHECKING:
+    from ..storage import Snapshot
+
+TOKENS = 64  # of a tile, VQ_TOKENS
+QUERIES = 16  # of a thread group
+HEAD_DIMS = (64, 80, 96, 112, 128, 192, 256)
+MASK_KINDS = {"none": 0, "causal": 1, "bool": 2, "added": 3}
+MOST_QUERIES = 16  # tokens at once that `attend` takes; prompts go another way
+METAL_SHARED_BYTES = 32768
+MERGE_THREADS = 128
+ENCODE_THREADS = 128
+_COEFFICIENTS = 8
+
+
+@functools.cache
+def levels() -> mx.array:
+    """Polynomial coefficients, float32 [2, 9, 8]: of codes alone, then in rings; by width."""
+    table = np.zeros((2, codebook.MAX_BITS + 1, _COEFFICIENTS), np.float32)
+    for ring, source in enumerate((codebook.COEFFICIENTS, trellis.COEFFICIENTS)):
+        for width, coefficients in source.items():
+            table[ring, width, : len(coefficients)] = coefficients
+    return _evaluated(mx.array(table))
+
+
+def _evaluated(array: mx.array) -> mx.array:
+    mx.eval(array)  # other threads, with streams of their own, must find it computed
+    return array
+
+
+def _pieces(layout: Layout, head: int) -> list[tuple[int, int, int, int, int, int, int]]:
+    """(width, ring, shift, slots, words, first word, first coordinate) of each segment of a head."""
+    return [
+        (s.width, int(layout.trellis and trellis.is_ring(s.width, s.slots)), s.shift, s.slots, s.words,
+         layout.first_words[head] + s.first_word, s.first)
+        for s in layout.segments[head]
+    ]  # fmt: skip
+
+
+@functools.lru_cache(maxsize=1024)
+def layer_table(keys: SpectralQuantizer, values: SpectralQuantizer) -> mx.array:
+    """int32: header, entries of the heads of keys and then of values, their pieces (helpers.h)."""
+    layouts = keys.layout, values.layout
+    heads = layouts[0].heads
+    header = [heads, keys.words + values.words, layouts[0].stored, layouts[1].stored, *([0] * 12)]
+    entries: list[int] = []
+    pieces: list[int] = []
+    start = len(header) + 2 * heads * 4
+    for part, layout in enumerate(layouts):
+        for h in range(heads):
+            rows = _pieces(layout, h)
+            entries += [start + len(pieces), len(rows), len(layout.order[h]), 0]
+            for *piece, first_word, first in rows:
+                pieces += [*piece, first_word + part * keys.words, first, 0]
+    return _evaluated(mx.array([*header, *entries, *pieces], mx.int32))
+
+
+@functools.lru_cache(maxsize=2048)
+def word_table(quantizer: SpectralQuantizer) -> mx.array:
+    """int32 [W, ...]: for each word its head, its pieces, and of each (width, ring, shift, slots, first coordinate,
+    step) (encode.h)."""
+    layout = quantizer.layout
+    words: list[list[int]] = [[] for _ in range(layout.words)]
+    head_of = [0] * layout.words
+    for h in range(layout.heads):
+        for width, ring, shift, slots, count, first_word, first in _pieces(layout, h):
+            for w in range(count):
+                words[first_word + w] += [width, ring, shift, slots, first + w, count]
+                head_of[first_word + w] = h
+    longest = max(map(len, words))
+    rows = [[h, len(w) // 6, *w, *([0] * (longest - len(w)))] for h, w in zip(head_of, words, strict=True)]
+    return _evaluated(mx.array([i for row in rows for i in row], mx.int32).reshape(len(rows), -1))
+
+
+@functools.lru_cache(maxsize=64)
+def _ints(numbers: tuple[int, ...]) -> mx.array:
+    return mx.array(numbers, mx.int32)
+
+
+@functools.lru_cache(maxsize=64)
+def _scale(scale: float) -> mx.array:
+    return mx.array([scale * 1.4426950408889634] * 8, mx.float32)
+
+
+@functools.lru_cache(maxsize=64)
+def _rows(layout: Rows) -> mx.array:
+    counts = zip(layout.held_sinks, layout.window_start, layout.packed_tokens, strict=True)
+    flat = [n for sinks, start, packed in counts for n in (sinks, start, layout.window_end, packed)]
+    return mx.array(flat + [0] * (8 - len(flat)), mx.int32)  # Metal keeps inputs of fewer elements elsewhere
+
+
+@functools.cache
+def _nothing(dtype: mx.Dtype) -> mx.array:
+    return _evaluated(mx.zeros(8, dtype))
+
+
+def _chunk_inputs(snapshot: "Snapshot") -> tuple[list[mx.array], list[int], int]:
+    """The word buffers, eight of them, (tokens, capacity) of each, and tiles in all."""
+    words = [w if w.shape[-1] % 2 == 0 else mx.pad(w, [(0, 0), (0, 0), (0, 1)]) for w, _ in snapshot.packed]
+    counts = [n for (_, tokens), w in zip(snapshot.packed, words, strict=True) for n in (tokens, w.shape[-1])]
+    tiles = sum(-(-tokens // TOKENS) for _, tokens in snapshot.packed)
+    return words + [words[0]] * (8 - len(words)), counts, tiles
+
+
+def _mask_inputs(mask: Any, head_count: int) -> tuple[int, tuple[int, int, int, int], mx.array, mx.array]:
+    """(kind, strides, bool mask, additive mask)."""
+    hidden, added = _nothing(mx.uint8), _nothing(mx.float32)
+    if not isinstance(mask, mx.array):
+        return MASK_KINDS["none" if mask is None else mask], (0, 0, 0, 0), hidden, added
+    wide = mask.reshape((1,) * (4 - mask.ndim) + mask.shape)
+    steps, step = [], 1
+    for size in reversed(wide.shape):
+        steps.append(step if size > 1 else 0)
+        step *= size
+    strides = (steps[3], steps[2], steps[1], steps[0])
+    flat = wide.reshape(-1)
+    if flat.size < 8:
+        flat = mx.concatenate([flat, mx.zeros(8, flat.dtype)])
+    if mask.dtype == mx.bool_:
+        return MASK_KINDS["bool"], strides, flat.view(mx.uint8), added
+    return MASK_KINDS["added"], strides, hidden, flat.astype(mx.float32)
+
+
+def tile_rows(dims: int, element: int, place: str) -> int:
+    """Dims that a tile holds at once: all of them, or on Metal, which has 32 KB a thread group, a part of them."""
+    if place != "metal":
+        return dims
+    room = (32768 - 1024 - QUERIES * (dims + 8) * element) // (72 * element)
+    return next(rows for rows in range(dims, 0, -16) if dims % rows == 0 and rows <= room)
+
+
+def shared_bytes(key_dims: int, value_dims: int, rows: int, element: int, warps: int, scratch: int) -> int:
+    """What a thread group of `attend` needs, see attend.h."""
+    head = 64 + QUERIES * (key_dims + 8) * element
+    packed = head + warps * (rows * 72 * element + 4 * scratch)
+    folding = head + 4 * QUERIES * key_dims
+    gathering = 64 + 4 * warps * QUERIES * (value_dims + 2)
+    exact = 4 * QUERIES * (key_dims + TOKENS)
+    return max(packed, folding, gathering, exact)
+
+
+def warps_of(key_dims: int, value_dims: int, element: int, place: str) -> int:
+    """Warps of a thread group: as many as fit beside a second group."""
+    if place != "cuda":
+        return 1
+    rows, scratch = max(key_dims, value_dims), 1024 if element == 4 else 0
+    fits = [w for w in range(1, 7) if shared_bytes(key_dims, value_dims, rows, element, w, scratch) <= 115_600]
+    return (
+        max(fits)
+        if fits and max(fits) >= 4
+        else next(
+            w for w in range(6, 0, -1) if shared_bytes(key_dims, value_dims, rows, element, w, scratch) <= 231_000
+        )
+    )
+
+
+GROUPS = {"cuda": 264, "metal": 320, "host": 24}  # that fill a GPU: two on each of 132 multiprocessors
+
+
+def attend(
+    snapshot: "Snapshot", queries: mx.array, scale: float, mask: Any, sinks: mx.array | None, place: str
+) -> tuple[Launch, "tuple[Any, ...]"]:
+    """The launch of attend.h, and what `merge` needs besides its outputs."""
+    keys, values = _spectral(snapshot)
+    batch, query_heads, length, key_dims = queries.shape
+    heads, value_dims = snapshot.exact_keys.shape[1], snapshot.exact_values.shape[3]
+    group, planes = query_heads // heads, batch * heads
+    row_tiles = -(-group * length // QUERIES)
+    element = 4 if queries.dtype == mx.float32 else 2
+    warps = warps_of(key_dims, value_dims, element, place)
+    key_rows, value_rows = (tile_rows(d, element, place) for d in (key_dims, value_dims))
+    layout = snapshot.layout
+    words, counts, tiles = _chunk_inputs(snapshot)
+    exact_most = max(s + layout.window_end - w for s, w in zip(layout.held_sinks, layout.window_start, strict=True))
+    exact_splits = -(-exact_most // TOKENS)
+    free = GROUPS[place] // (planes * row_tiles) - exact_splits
+    splits = max(1, min(free, -(-tiles // warps)))
+    each = -(-tiles // splits)
+    splits = -(-tiles // each)
+    kind, strides, hidden, added = _mask_inputs(mask, query_heads)
+    params = _ints((
+        batch, heads, group, length, exact_splits, splits, snapshot.exact_keys.shape[2], tiles, each, kind, *strides,
+        len(snapshot.packed), int(sinks is not None), *counts,
+    ))  # fmt: skip
+    table = layer_table(keys, values)
+    scratch = 1024 if place == "host" or (place == "cuda" and element == 4) else 0
+    every = planes * (exact_splits + splits), group * length
+    launch = Launch(
+        ATTEND,
+        [queries, snapshot.exact_keys, snapshot.exact_values, *words, _rows(layout), keys.synthesis, keys.mean, table,
+         levels(), params, _scale(scale), hidden, added],
+        [(*every, 2), (*every, value_dims)],
+        [mx.float32, mx.float32],
+        (exact_splits + splits, planes, row_tiles),
+        warps * 32,
+        shared_bytes(key_dims, value_dims, max(key_rows, value_rows), element, warps, scratch),
+        (("T", queries.dtype), ("DK", key_dims), ("DV", value_dims), ("KROWS", key_rows), ("VROWS", value_rows),
+         ("WARPS", warps)),
+    )  # fmt: skip
+    return launch, (values, table, params, sinks, queries, planes, group * length, value_dims)
+
+
+def merge(parts: list[mx.array], rest: tuple[Any, ...]) -> Launch:
+    """The launch of merge.h."""
+    values, table, params, sinks, queries, planes, rows, value_dims = rest
+    logits = _nothing(mx.float32) if sinks is None else sinks.astype(mx.float32)
+    if logits.size < 8:
+        logits = mx.concatenate([logits, mx.zeros(8)])
+    threads = min(MERGE_THREADS, value_dims)
+    return Launch(
+        MERGE,
+        [*parts, values.synthesis, values.mean, logits, table, params],
+        [(*queries.shape[:3], value_dims)],
+        [queries.dtype],
+        (rows, planes, 1),
+        threads,
+        4 * value_dims,
+        (("T", queries.dtype), ("DV", value_dims), ("THREADS", threads)),
+    )
+
+
+def encode(quantizer: SpectralQuantizer, x: mx.array) -> Launch:
+    """The launch of encode.h for vectors [B, H, T, D]; the transform itself is a product of matrices."""
+    z = (x.astype(mx.float32) - quantizer.mean) @ quantizer.analysis
+    batch, heads, tokens, stored = z.shape
+    table = word_table(quantizer)
+    params = _ints((tokens, quantizer.words, heads, stored, table.shape[1], 0, 0, 0))
+    return Launch(
+        ENCODE,
+        [z, table, levels(), params],
+        [(batch, quantizer.words, tokens)],
+        [mx.uint32],
+        (-(-tokens * quantizer.words // ENCODE_THREADS), batch, 1),
+        ENCODE_THREADS,
+        0,
+        (("THREADS", ENCODE_THREADS),),
+    )
+
+
+def decode(snapshot: "Snapshot", part: int, first_head: int, heads: int, dtype: mx.Dtype) -> Launch:
+    """The launch of decode.h: levels [B, heads, dims, tokens, to an even number] of keys (0) or values (1)."""
+    keys, values = _spectral(snapshot)
+    words, counts, tiles = _chunk_inputs(snapshot)
+    tokens, all_heads = snapshot.packed_tokens, keys.layout.heads
+    dims = (keys, values)[part].layout.stored
+    stride = tokens + tokens % 2
+    params = _ints(
+        (heads, first_head, 16 + part * all_heads * 4, tokens, stride, len(snapshot.packed), dims, 0, *counts)
+    )
+    batch = snapshot.exact_keys.shape[0]
+    return Launch(
+        DECODE,
+        [*words, layer_table(keys, values), levels(), params],
+        [(batch, heads, dims, stride)],
+        [dtype],
+        (tiles, heads, batch),
+        32,
+        0,
+        (("E", dtype),),
+    )
+
+
+def encode_words(quantizer: Quantizer, x: mx.array) -> mx.array:
+    """Vectors [B, H, T, D] -> words uint32 [B, W, T], by the kernel where there is one."""
+    place = backend()
+    if place == "ops" or not isinstance(quantizer, SpectralQuantizer) or not quantizer.words:
+        return quantizer.encode_words(x)
+    return run(encode(quantizer, x), place)[0]
+
+
+def _spectral(snapshot: "Snapshot") -> tuple[SpectralQuantizer, SpectralQuantizer]:
+    keys, values = snapshot.key_quantizer, snapshot.value_quantizer
+    if not (isinstance(keys, SpectralQuantizer) and isinstance(values, SpectralQuantizer)):
+        raise ValueError("the kernels read spectral codes; expected SpectralQuantizers; use plain operations.")
+    return keys, values
+
+
+def decode_heads(snapshot: "Snapshot", part: int, first_head: int, heads: int, place: str) -> mx.array:
+    """Packed keys (0) or values (1) of some heads, [B, heads, P, D] in the model's dtype."""
+    quantizer = _spectral(snapshot)[part]
+    dtype = (snapshot.exact_keys, snapshot.exact_values)[part].dtype
+    chosen = slice(first_head, first_head + heads)
+    synthesis, mean = quantizer.synthesis[chosen], quantizer.mean[chosen]
+    wide = dtype == mx.float32
+    levels_of = run(decode(snapshot, part, first_head, heads, mx.float32 if wide else mx.float16), place)[0]
+    z = levels_of[..., : snapshot.packed_tokens].swapaxes(-1, -2)
+    if wide:
+        return z @ synthesis + mean
+    # Half precision holds levels better than bfloat16 does; a factor keeps the basis within its range.
+    factor = mx.maximum(mx.abs(synthesis).max(axis=(1, 2), keepdims=True), 1e-30)
+    product = z @ (synthesis / factor).astype(mx.float16)
+    return (product.astype(mx.float32) * factor + mean).astype(dtype)
+
+
+def fits(snapshot: "Snapshot", queries: mx.array, place: str) -> bool:
+    """Whether the kernels take these operands."""
+    keys, values = snapshot.key_quantizer, snapshot.value_quantizer
+    if not (isinstance(keys, SpectralQuantizer) and isinstance(values, SpectralQuantizer)):
+        return False
+    dims = snapshot.exact_keys.shape[3], snapshot.exact_values.shape[3]
+    types = {queries.dtype, snapshot.exact_keys.dtype, snapshot.exact_values.dtype}
+    if not (keys.words and values.words and set(dims) <= set(HEAD_DIMS) and len(types) == 1):
+        return False
+    if place != "metal":
+        return True
+    element = 4 if queries.dtype == mx.float32 else 2
+    rows = max(tile_rows(d, element, place) for d in dims)
+    return shared_bytes(*dims, rows, element, 1, 0) <= METAL_SHARED_BYTES

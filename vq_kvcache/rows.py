@@ -1,0 +1,71 @@
+"""Where the tokens of each row of a batch lie: counts as Python numbers, and as arrays that are made once per state."""
+
+import dataclasses
+import functools
+
+import mlx.core as mx
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """The content of B rows. Row b holds, in the order of its sequence:
+
+    columns 0 .. held_sinks[b] - 1 of the exact buffers, packed tokens 0 .. packed_tokens[b] - 1, and columns
+    window_start[b] .. window_end - 1 of the exact buffers.
+    """
+
+    held_sinks: tuple[int, ...]
+    window_start: tuple[int, ...]
+    window_end: int
+    packed_tokens: tuple[int, ...]
+
+    @functools.cached_property
+    def lengths(self) -> tuple[int, ...]:
+        """Tokens of each row."""
+        columns = zip(self.held_sinks, self.window_start, self.packed_tokens, strict=True)
+        return tuple(sinks + packed + self.window_end - start for sinks, start, packed in columns)
+
+    @functools.cached_property
+    def length(self) -> int:
+        """Tokens of the longest row, T."""
+        return max(self.lengths, default=0)
+
+    @functools.cached_property
+    def alike(self) -> bool:
+        """Whether all rows have the same counts, so that slices serve all of them."""
+        return all(len(set(counts)) < 2 for counts in (self.held_sinks, self.window_start, self.packed_tokens))
+
+    @functools.cached_property
+    def array(self) -> mx.array:
+        """int32 [B, 4]: held_sinks, window_start, window_end, packed_tokens."""
+        ends = (self.window_end,) * len(self.held_sinks)
+        counts = zip(self.held_sinks, self.window_start, ends, self.packed_tokens, strict=True)
+        return mx.array(list(counts), mx.int32).reshape(-1, 4)
+
+    @functools.cached_property
+    def tokens(self) -> mx.array:
+        """The lengths, int32 [B]."""
+        return mx.array(self.lengths, mx.int32)
+
+    def column(self, index: int) -> mx.array:
+        """One of the four counts of `array`, int32 [B, 1]."""
+        return self.array[:, index : index + 1]
+
+    def order(self, first: tuple[int, ...], total: int) -> mx.array:
+        """Where `total` columns are to be taken from, int32 [B, total], such that token j of row b comes to column
+        first[b] + j: indices into sinks | packed | window side by side, each as wide as its widest row."""
+        sinks, packed = max(self.held_sinks), max(self.packed_tokens)
+        held, start, codes = self.column(0), self.column(1), self.column(3)
+        token = mx.arange(total)[None] - mx.array(first, mx.int32)[:, None]
+        in_codes, in_window = token - held, token - held - codes
+        place = mx.where(in_window < 0, in_codes + sinks, in_window + start - min(self.window_start) + sinks + packed)
+        place = mx.where(in_codes < 0, token, place)
+        return mx.clip(place, 0, sinks + packed + self.window_end - min(self.window_start) - 1)
+
+
+@functools.lru_cache(maxsize=64)
+def rows_of(
+    held_sinks: tuple[int, ...], window_start: tuple[int, ...], window_end: int, packed_tokens: tuple[int, ...]
+) -> Rows:
+    """Rows of these counts; the layers of a model, whose counts are equal, share one and its arrays."""
+    return Rows(held_sinks, window_start, window_end, packed_tokens)
