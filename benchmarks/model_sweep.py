@@ -140,6 +140,7 @@ SMALLER: dict[str, dict[str, Any]] = {
                 "ffn_multipliers": [0.5, 0.73]},
     "phi": {"hidden_size": 320, "num_attention_heads": 4, "num_key_value_heads": 4},
     "phi3": {"hidden_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2},
+    "plamo2": {"hidden_size": 256, "num_attention_heads": 4, "intermediate_size": 256},
     "qwen": {"hidden_size": 256, "num_attention_heads": 4, "kv_channels": 64, "intermediate_size": 512},
 }  # fmt: skip
 
