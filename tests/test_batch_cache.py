@@ -1,14 +1,17 @@
 """BatchSpectralKVCache alone: what mlx-lm's class has no word for, or does otherwise."""
 
 import copy
+import gc
 
 import mlx.core as mx
 import numpy as np
 import pytest
 from conftest import numpy, pair
+from mlx_lm.models import cache as mlx_lm_cache
 from mlx_lm.models.cache import BatchKVCache, KVCache
 
-from vq_kvcache import batch_cache, cache
+import vq_kvcache
+from vq_kvcache import cache
 from vq_kvcache.batch_cache import BatchSpectralKVCache, RowMask
 from vq_kvcache.cache import LOSSLESS, SpectralKVCache
 from vq_kvcache.spectral import intercept
@@ -263,7 +266,7 @@ def test_masks_with_a_window(batch, count, window_size):
 def test_our_own_masks_are_told_apart_and_looked_at_once(batch, monkeypatch):
     """What attend is given for a token each, for a chunk of equal rows, and for a padded one: nothing if possible."""
     seen = []
-    monkeypatch.setattr(batch_cache, "attend", lambda snapshot, q, scale, mask, sinks: seen.append(mask) or q)
+    monkeypatch.setattr(cache, "attend", lambda snapshot, q, scale, mask, sinks: seen.append(mask) or q)
     layers = [fed(batch([0, 100]), 300, 2)[0] for _ in range(2)]
 
     def attend_all(count):
@@ -387,6 +390,40 @@ def test_mlx_lms_own_caches_are_packed_when_they_join(lossless):
     for a, b in zip(fed(made, 1, 3, 2)[1], fed(expected, 1, 3, 2)[1], strict=True):
         for row, padding in enumerate([0, 70, 200]):
             np.testing.assert_array_equal(numpy(a)[row, :, padding:], numpy(b)[row, :, padding:])
+
+
+def test_batches_are_saved_and_loaded_by_name(batch, tmp_path):
+    """As mlx-lm saves any cache: its class is looked up by name, its codec by the name in its state."""
+    vq_kvcache.install()
+    layers = [fed(batch([0, 100], bits), 300, 2)[0] for bits in (0, 2)]
+    mlx_lm_cache.save_prompt_cache(str(tmp_path / "batch.safetensors"), layers)
+    loaded = mlx_lm_cache.load_prompt_cache(str(tmp_path / "batch.safetensors"))
+    for mine, other in zip(layers, loaded, strict=True):
+        assert type(other) is BatchSpectralKVCache
+        assert other.offset.tolist() == [300, 200]
+        np.testing.assert_array_equal(attended(mine, 1, 2), attended(other, 1, 2))
+
+
+def test_nbytes_is_what_memory_grows_by(batch):
+    """As far as MLX's allocator counts: it rounds every buffer up to whole pages."""
+    feed = [pair(1100, 3, seed, dtype=mx.float16) for seed in range(2)]
+    mx.eval(feed)
+    before, limit = active_bytes(), mx.set_cache_limit(0)
+    layers = [batch([0, 100, 900]) for _ in range(2)]
+    for start, end in ((0, 1000), *((n, n + 1) for n in range(1000, 1100))):
+        for layer, arrays in zip(layers, feed, strict=True):
+            layer.update_and_fetch(*(x[:, :, start:end] for x in arrays))
+        mx.eval([layer.state for layer in layers])
+    grown = active_bytes() - before
+    mx.set_cache_limit(limit)
+    assert grown == pytest.approx(sum(layer.nbytes for layer in layers), rel=0.02)
+
+
+def active_bytes():
+    gc.collect()
+    mx.synchronize()
+    mx.clear_cache()
+    return mx.get_active_memory()
 
 
 def test_the_last_row_can_go(batch):

@@ -7,12 +7,14 @@ import mlx.core as mx
 import mlx_lm
 import numpy as np
 import pytest
-from conftest import numpy, random_prompt
+from conftest import kinds, numpy, random_prompt, tiny_model
 from mlx_lm.generate import BatchGenerator, batch_generate
 from mlx_lm.models import cache as mlx_lm_cache
+from mlx_lm.models.cache import KVCache, RotatingKVCache
 
 import vq_kvcache
 from vq_kvcache import SpectralKVCache, make_prompt_cache
+from vq_kvcache.spectral import intercept
 
 LOSSLESS = SpectralKVCache.with_options(lossless=True, window=32)
 LENGTHS = (300, 5, 117, 1, 260, 90)
@@ -158,6 +160,21 @@ def test_a_prefix_from_the_lru_cache_is_as_good_as_new(hooked, prompts, texts):
         ours, _ = tokens_of(generator, [rest], [found], 80)
         assert ours[0] == greedy(hooked, wanted, 80)
     generator.close()
+
+
+def test_batches_of_models_with_other_caches_beside_ours(tokenizer, prompts):
+    """Sliding layers keep mlx-lm's, and one full layer too: it is given the mask of ours, and ours is given its."""
+    types = ["full_attention", "sliding_attention", "full_attention", "full_attention"]
+    mixed = tiny_model(num_hidden_layers=4, layer_types=types, sliding_window=16)
+    expected = [mlx_lm.generate(mixed, tokenizer, prompt, max_tokens=60) for prompt in prompts]
+    for plain in (0, 2):
+        caches = [make_prompt_cache(mixed, cache=LOSSLESS) for _ in prompts]
+        for own in caches:
+            assert kinds(own) == [SpectralKVCache, RotatingKVCache, SpectralKVCache, SpectralKVCache]
+            own[plain] = KVCache()
+        with intercept.dispatching():
+            done = batch_generate(mixed, tokenizer, prompts, caches, max_tokens=60)
+        assert done.texts == expected
 
 
 def test_with_a_codec_a_row_is_what_a_cache_of_its_own_is(model, tokenizer, codec, prompts):

@@ -2,6 +2,7 @@
 
 import itertools
 import mmap
+import threading
 
 import mlx.core as mx
 import numpy as np
@@ -11,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vq_kvcache.chunks import MAX_CHUNKS, SMALLEST_CHUNK, fill_pages
+from vq_kvcache.rows import rows_of
 from vq_kvcache.spectral.spectral_quant import RawQuantizer
 from vq_kvcache.storage import BLOCK, LAG, Storage, tokens_to_seal
 
@@ -253,6 +255,16 @@ def test_states_that_are_equal_share_their_rows():
     assert first.snapshot().rows is second.snapshot().rows
     second.append(tokens(1), tokens(1))
     assert first.snapshot().rows is not second.snapshot().rows
+
+
+def test_rows_that_one_thread_made_serve_another():
+    """MLX runs what is not yet computed on a stream of the thread that asked for it first, which no other has."""
+    layout = rows_of((1, 2), (3, 4), 1005, (6, 7))
+    thread = threading.Thread(target=lambda: (layout.array, layout.tokens))
+    thread.start()
+    thread.join()
+    assert layout.array.tolist() == [[1, 3, 1005, 6], [2, 4, 1005, 7]]
+    assert layout.tokens.tolist() == [1009, 1010]
 
 
 def test_the_exact_buffers_never_grow_with_the_context():

@@ -13,9 +13,9 @@ import mlx.core as mx
 from mlx_lm.models.base import create_causal_mask
 from mlx_lm.models.cache import BatchKVCache
 
-from .attention import Mask, attend
+from .attention import Mask
 from .batch_storage import BatchStorage
-from .cache import Planned, SpectralKVCache
+from .cache import Planned, SpectralKVCache, View
 from .chunks import Chunk, Chunks
 from .drift import Drift, warn_once
 from .spectral.codec import Plan
@@ -41,23 +41,15 @@ class RowMask(mx.array):
         return self._of_rows()
 
 
-class _BatchView:
-    """Source of the handles of one append."""
+class _BatchView(View):
+    """Source of the handles of one append to a batch."""
 
     def __init__(self, snapshot: Snapshot, left_padding: Counts, columns: int) -> None:
-        self.snapshot, self.left_padding, self.columns = snapshot, left_padding, columns
+        super().__init__(snapshot)
+        self.left_padding, self.columns = left_padding, columns
 
-    def attention(
-        self, queries: mx.array, keys: Handle, values: mx.array, original: Callable[..., mx.array], **options: Any
-    ) -> mx.array:
-        paired = isinstance(values, Handle) and values.source is self and (keys.part, values.part) == ("keys", "values")
-        if not paired:  # a model that attends to something else with these keys: the handle is the decoded array
-            return original(queries, keys, values, **options)
-        mask = self._of_rows(options.get("mask"))
-        return attend(self.snapshot, queries, options["scale"], mask, options.get("sinks"))
-
-    def _of_rows(self, mask: Mask) -> Mask:
-        """A mask of columns, as one of the rows' positions."""
+    def of_rows(self, mask: Mask) -> Mask:
+        """A mask over mlx-lm's columns, as one over the positions of each row's tokens."""
         layout = self.snapshot.layout
         if isinstance(mask, RowMask) and mask.key == (self.left_padding, self.columns, layout.lengths):
             return mask.of_rows

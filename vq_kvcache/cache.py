@@ -10,7 +10,7 @@ import mlx.core as mx
 import numpy as np
 from mlx_lm.models.cache import KVCache, create_attention_mask
 
-from .attention import attend
+from .attention import Mask, attend
 from .chunks import Chunk, Chunks
 from .drift import Drift, warn_once
 from .shards import Share
@@ -80,7 +80,7 @@ class CacheOptions:
             raise ValueError(f"codec is a {type(self.codec).__name__}; expected a Codec, a file name or None.")
 
 
-class _View:
+class View:
     """Source of the handles of one append."""
 
     def __init__(self, snapshot: Snapshot) -> None:
@@ -95,7 +95,11 @@ class _View:
             snapshot = self.snapshot.of_keys()
         else:  # a model that attends to something else with these keys: the handle is the decoded array
             return original(queries, keys, values, **options)
-        return attend(snapshot, queries, options["scale"], options.get("mask"), options.get("sinks"))
+        return attend(snapshot, queries, options["scale"], self.of_rows(options.get("mask")), options.get("sinks"))
+
+    def of_rows(self, mask: Mask) -> Mask:
+        """A mask over the columns of the handles, as one over the positions of the tokens: the same here."""
+        return mask
 
 
 class Planned:
@@ -434,5 +438,5 @@ def _handles(snapshot: Snapshot) -> tuple[mx.array, mx.array]:
     keys, values = snapshot.decoded()
     if not snapshot.packed:
         return keys, values
-    view = _View(snapshot)
+    view = View(snapshot)
     return Handle(keys, view, "keys"), Handle(values, view, "values")

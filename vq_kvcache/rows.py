@@ -4,6 +4,7 @@ import dataclasses
 import functools
 
 import mlx.core as mx
+import numpy as np
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,10 +38,11 @@ class Rows:
 
     @functools.cached_property
     def array(self) -> mx.array:
-        """int32 [B, 4]: held_sinks, window_start, window_end, packed_tokens."""
+        """int32 [B, 4]: held_sinks, window_start, window_end, packed_tokens. Numbers, not an operation that waits to be
+        run: an equal state of another thread, with a stream of its own, shares them."""
         ends = (self.window_end,) * len(self.held_sinks)
         counts = zip(self.held_sinks, self.window_start, ends, self.packed_tokens, strict=True)
-        return mx.array(list(counts), mx.int32).reshape(-1, 4)
+        return mx.array(np.array(list(counts), np.int32).reshape(-1, 4))
 
     @functools.cached_property
     def tokens(self) -> mx.array:
