@@ -11,9 +11,10 @@ OWN = {
     "demo": "generate with the shipped model from both caches and compare them",
     "inspect": "what is packed of a model, a codec or a prompt cache, and what it costs",
     "calibrate": "make the codec of a model now",
+    "codecs": "list, export, import or remove the codecs of this machine",
     "patch": "give the installed mlx_lm commands the option --kv-cache spectral, or take it back",
 }
-MODULES = {"inspect": "inspection", "calibrate": "calibration", "patch": "patching"}
+MODULES = {"inspect": "inspection", "calibrate": "calibration", "codecs": "library", "patch": "patching"}
 MLX_LM = ("generate", "chat", "server", "cache_prompt", "evaluate", "benchmark")
 
 
