@@ -15,7 +15,7 @@ import vq_kvcache
 from vq_kvcache import SpectralKVCache, attention, hooks
 from vq_kvcache import cache as cache_module
 from vq_kvcache.cache import ARRAYS_ONLY
-from vq_kvcache.spectral import intercept
+from vq_kvcache.spectral import calibrate, intercept, memory_budget
 from vq_kvcache.spectral.calibrate import calibrate_codec
 from vq_kvcache.spectral.codec import Codec, LayerQuantizers, Plan
 from vq_kvcache.spectral.intercept import members_of, plain_caches, replace_kv, uses
@@ -306,3 +306,19 @@ def test_a_head_that_nothing_depends_on_can_be_calibrated():
     options = SpectralKVCache.with_options(2.0, window=16, codec=codec)
     found = logits(model, vq_kvcache.make_prompt_cache(model, cache=options))
     assert mx.allclose(found, logits(model, plain_caches(model)), atol=1e-5).item()
+
+
+@pytest.mark.parametrize(("which", "at_once"), [("deepseek_v2", 2), ("gemma3_text", 1), ("deepseek_v3", 1)])
+def test_several_sequences_at_once_only_where_all_caches_are_plain(which, at_once, monkeypatch):
+    """MLX crashes on the gradients of gemma3n where two threads take them."""
+    seen = []
+
+    def gather(model, sequences, setting, *rest):
+        seen.append(setting.at_once)
+        return original(model, sequences, setting, *rest)
+
+    original = calibrate.gather
+    monkeypatch.setattr(calibrate, "gather", gather)
+    monkeypatch.setattr(memory_budget, "_at_once", lambda fitting: 2)
+    calibrate_codec(build(which), Characters(), 2, 100, texts=[text(i) for i in range(2)], window=16)
+    assert seen == [at_once]

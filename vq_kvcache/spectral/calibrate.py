@@ -17,7 +17,7 @@ from .calibration_text import Placed, calibration_sequences, context_of, place
 from .codec import Codec, Transforms
 from .fisher import LayerFisher, Setting, each, gather, probe
 from .forward_only import Layers, in_nats, run_observed, variance_layers
-from .intercept import require_layers, uses
+from .intercept import plain_caches, require_layers, uses
 from .memory_budget import default_budget, fit
 from .moments import Moments
 from .partial import Partial
@@ -142,7 +142,10 @@ def _fisher(
     budget = default_budget() if budget is None else budget
     room = fit(lambda n, again: probe(model, n, setting._replace(checkpoint=again)), length,
                setting.window + setting.sinks, budget)  # fmt: skip
-    setting = setting._replace(checkpoint=room.checkpoint, at_once=room.at_once)
+    used, caches = uses(model), plain_caches(model)
+    # Gradients of gemma3n taken on two threads crash MLX 0.32.4, so only the plainest models get several.
+    plain = len(used) == len(caches) and all(u.kind == "paired" and u.readers == 1 for u in used.values())
+    setting = setting._replace(checkpoint=room.checkpoint, at_once=room.at_once if plain else 1)
     sequences = place(text(sequence_length=room.sequence_length), context_of(model))
     partial = Partial(name, sequences, setting)
     statistics, done = partial.load()
@@ -155,7 +158,7 @@ def _fisher(
         gather(model, sequences, setting, statistics, done, report)
     require_layers(statistics)
     # Positions cached beside latents stay exact.
-    latent = {i for i, use in uses(model).items() if use.kind == "latent"}
+    latent = {i for i, use in used.items() if use.kind == "latent"}
     packed = {(i, part): seen for i, pair in statistics.items() for part, seen in enumerate(pair)
               if part == 0 or i not in latent}  # fmt: skip
     strength = choose(packed.values(), len(sequences))

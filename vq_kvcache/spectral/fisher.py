@@ -81,7 +81,9 @@ def gather(
     label a position. `report` is called with the number of sequences added so far."""
     # One key a sequence, so that it draws the same labels whatever was done before it.
     keys = mx.random.split(mx.random.key(setting.seed), len(sequences))
-    mx.eval(model.parameters(), keys, [s.ids for s in sequences])
+    # Hidden arrays too (frequencies, factors): evaluated by two threads at once, MLX crashes.
+    hidden = [a for m in model.modules() for a in m.values() if isinstance(a, mx.array)]
+    mx.eval(model.parameters(), hidden, keys, [s.ids for s in sequences])
     kept_bytes = sum(4 * a.size for pair in statistics.values() for part in pair for kept in part.kept for a in kept)
 
     def make(i: int) -> Gradients:
