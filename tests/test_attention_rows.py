@@ -29,12 +29,12 @@ codec_of = functools.cache(random_codec)
 
 
 @functools.cache
-def snapshot_of(kind, lengths=LENGTHS):
+def snapshot_of(kind, lengths=LENGTHS, dims=DIMS):
     """A snapshot of rows of these lengths, fed padded; row 0 was sealed at other moments than row 3."""
-    codec = codec_of(heads=HEADS, key_dims=DIMS)
+    codec = codec_of(heads=HEADS, key_dims=dims)
     keys, values = (like_calibrated(t, len(lengths), LONGEST, i) for i, t in enumerate(codec.layers[0]))
     layer = codec.plan(3.0).layers[0]
-    pair = [RawQuantizer(HEADS, DIMS, mx.float32)] * 2 if kind == "raw" else [layer.keys, layer.values]
+    pair = [RawQuantizer(HEADS, dims, mx.float32)] * 2 if kind == "raw" else [layer.keys, layer.values]
     storage = BatchStorage(*pair, 100, 4, keys, values)
     fed = [0] * len(lengths)
     while fed != list(lengths):
@@ -143,3 +143,28 @@ def test_rows_that_are_alike_need_no_gathering(monkeypatch):
     expected = attend_reference(snapshot, queries, 0.2, "causal")
     monkeypatch.setattr(attention._Visible, "_of_columns", None)
     np.testing.assert_allclose(numpy(attend(snapshot, queries, 0.2, "causal")), numpy(expected), atol=ERROR)
+
+
+@pytest.mark.parametrize("lengths", [LENGTHS, (450, 450)])
+@pytest.mark.parametrize("name", sorted(masks(1, 1)))
+def test_prompts_are_attended_over_a_decoding_of_some_heads_at_a_time(monkeypatch, name, lengths):
+    """What a GPU does with a prompt, its decoding kernel replaced by plain operations."""
+    snapshot, seen = snapshot_of("spectral", lengths), []
+
+    def decode_heads(held, part, first, heads, place):
+        seen.append((part, first, heads))
+        quantizer = (held.key_quantizer, held.value_quantizer)[part]
+        return quantizer.decode_words(held.words(0, held.packed_tokens)[part])[:, first : first + heads]
+
+    monkeypatch.setattr(attention.launches, "decode_heads", decode_heads)
+    monkeypatch.setattr(attention, "DECODED_BYTES", attention._decoded_bytes(snapshot, 1))
+    queries = mx.random.normal((len(lengths), HEADS * GROUPS, 20, DIMS), key=mx.random.key(8))
+    mask = masks(20, len(lengths))[name]
+    mask = mask if mask is None or isinstance(mask, str) else mx.array(mask)
+    sinks = mx.arange(HEADS * GROUPS) / 3
+    result = numpy(attention._attend_decoded(snapshot, queries, 0.2, mask, sinks, "cuda"))
+    expected = numpy(attend_reference(snapshot, queries, 0.2, mask, sinks))
+    for row, length in enumerate(lengths):
+        if length >= 20:
+            np.testing.assert_allclose(result[row], expected[row], atol=ERROR)
+    assert seen == [(0, 0, 1), (1, 0, 1), (0, 1, 1), (1, 1, 1)]

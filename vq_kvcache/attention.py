@@ -57,7 +57,7 @@ def attend(
     if place != "ops" and not snapshot.keys_twice and launches.fits(snapshot, queries, place) and trusted(place):
         if queries.shape[2] <= launches.MOST_QUERIES:
             return attend_codes(snapshot, queries, scale, mask, sinks, place)
-        if snapshot.layout.alike and _decoded_bytes(snapshot, 1) <= DECODED_BYTES:
+        if _decoded_bytes(snapshot, 1) <= DECODED_BYTES:
             return _attend_decoded(snapshot, queries, scale, mask, sinks, place)
     return attend_ops(snapshot, queries, scale, mask, sinks)
 
@@ -88,6 +88,9 @@ def _attend_decoded(
     """For prompts: MLX's own attention over a decoding of as many heads at a time as DECODED_BYTES hold."""
     heads, query_heads = snapshot.exact_keys.shape[1], queries.shape[1]
     most, group = max(DECODED_BYTES // _decoded_bytes(snapshot, 1), 1), query_heads // heads
+    layout, order = snapshot.layout, None
+    if not layout.alike:
+        order, mask = layout.order((0,) * len(queries), layout.length), _within_rows(layout, mask, queries.shape[2])
     results: list[mx.array] = []
     for first in range(0, heads, most):
         count = min(most, heads - first)
@@ -97,7 +100,7 @@ def _attend_decoded(
             q = mx.depends([q], [results[-1]])[0]
         keys, values = (
             snapshot.in_order(
-                exact[:, first : first + count], launches.decode_heads(snapshot, part, first, count, place)
+                exact[:, first : first + count], launches.decode_heads(snapshot, part, first, count, place), order
             )
             for part, exact in enumerate((snapshot.exact_keys, snapshot.exact_values))
         )
