@@ -20,24 +20,20 @@ def run(launch, place):
 
 
 @pytest.mark.parametrize("case", list(doctor.table()), ids=str)
-def test_attention_is_as_close_to_the_oracle_as_mlx_own(case):
-    held = doctor.snapshot(case)
-    shape = (case.batch, case.heads * case.group, case.length, case.key_dims)
-    queries = mx.random.normal(shape, key=mx.random.key(case.length)).astype(case.dtype)
-    mask, scale = doctor.mask_of(case, held.length), case.key_dims**-0.5
-    sinks = mx.random.normal((shape[1],)).astype(case.dtype) if case.sinks else None
-    exact = [x.astype(mx.float32) for x in (held.exact_keys, held.exact_values)]
-    keys, values = dataclasses.replace(held, exact_keys=exact[0], exact_values=exact[1]).decoded()
-    seen = numpy(mask).astype(bool) if isinstance(mask, mx.array) and mask.dtype == mx.bool_ else mask
-    seen = numpy(mask) if case.mask == "added" else seen
-    expected = oracle.attention(
-        *(numpy(x) for x in (queries, keys, values)), scale, seen, None if sinks is None else numpy(sinks)
-    )
-    found = doctor.attend_codes(held, queries, scale, mask, sinks, PLACE, run)
-    stock = doctor.attend_reference(held, queries, scale, mask, sinks)
-    assert found.dtype == case.dtype
-    error, own = (np.abs(numpy(x) - expected).max() for x in (found, stock))
+def test_attention_is_as_close_to_float64_as_mlx_own(case):
+    error, own = doctor.compare(case, PLACE, run)
     assert error <= doctor.allowed(case, own)
+
+
+@pytest.mark.parametrize(
+    "case", [doctor.Case(sinks=True), doctor.Case(96, 64, length=3, mask="causal", bits=5.0)], ids=str
+)
+def test_what_is_compared_with_is_the_attention_of_the_oracle_over_the_decoded_arrays(case):
+    p = doctor.problem(dataclasses.replace(case, dtype=mx.float32))
+    keys, values = p.held.decoded()
+    sinks = None if p.sinks is None else numpy(p.sinks)
+    expected = oracle.attention(*(numpy(x) for x in (p.queries, keys, values)), p.scale, p.mask, sinks)
+    assert np.abs(p.expected - expected).max() < 1e-5
 
 
 @pytest.mark.parametrize("bits", [0.5, 1.0, 2.0, 3.0, 4.25, 5.5, 7.0])

@@ -54,7 +54,8 @@ def attend(
         return attend_reference(snapshot, queries, scale, mask, sinks)
     place = kernels.backend()
     # The kernels' tables place values' words behind the keys'.
-    if place != "ops" and not snapshot.keys_twice and launches.fits(snapshot, queries, place) and trusted(place):
+    fits = place != "ops" and not snapshot.keys_twice and launches.fits(snapshot, queries, place)
+    if fits and _trusts(snapshot, place):
         if queries.shape[2] <= launches.MOST_QUERIES:
             return attend_codes(snapshot, queries, scale, mask, sinks, place)
         if _decoded_bytes(snapshot, 1) <= DECODED_BYTES:
@@ -110,16 +111,22 @@ def _attend_decoded(
     return results[0] if len(results) == 1 else mx.concatenate(results, axis=1)
 
 
+def _trusts(snapshot: Snapshot, place: str) -> bool:
+    keys, values = snapshot.exact_keys, snapshot.exact_values
+    return trusted(place, keys.shape[3], values.shape[3], keys.dtype)
+
+
 @functools.cache
-def trusted(place: str) -> bool:
-    """Whether the kernels of this back-end agree with `attend_reference` here: three small shapes, once a process.
+def trusted(place: str, key_dims: int, value_dims: int, dtype: mx.Dtype) -> bool:
+    """Whether the kernels of this back-end agree with attention in float64 here: three small shapes of the variant
+    that is asked for, once a process.
 
     False, with a warning, when they do not or fail to build.
     """
     from .doctor import first_wrong
 
     try:
-        wrong = first_wrong(place)
+        wrong = first_wrong(place, key_dims, value_dims, dtype)
     except RuntimeError as error:
         wrong = str(error).strip().splitlines()[0]
     if wrong:

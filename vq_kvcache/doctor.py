@@ -1,21 +1,25 @@
-"""Do the kernels work on this machine? They are compared with attend_reference: three cases before a process first uses
-them, the whole table by `vq_kvcache doctor`."""
+"""Do the kernels work on this machine? They are compared with attention in float64: three cases before a
+process first uses a variant, the whole table by `vq_kvcache doctor`."""
 
 import dataclasses
 import functools
 import itertools
 from collections.abc import Iterator
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
+from numpy.typing import NDArray
 
 from . import kernels
-from .attention import Mask, Run, attend_codes, attend_reference
+from .attention import Mask, Run, attend_codes
 from .kernels import launches
+from .rows import rows_of
 from .spectral.bit_allocator import gaussian_costs
-from .spectral.packing import allocate_words
+from .spectral.intercept import original_attention
+from .spectral.packing import allocate_words, unpack_reference
 from .spectral.spectral_quant import SpectralQuantizer
-from .storage import Snapshot, Storage
+from .storage import Snapshot
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,10 +48,10 @@ class Case:
         )
 
 
-FIRST = (
-    Case(),
-    Case(key_dims=128, value_dims=128, bits=3.25, dtype=mx.bfloat16, length=2, mask="causal"),
-    Case(bits=6.5, dtype=mx.float32, batch=2, mask="bool"),
+FIRST: tuple[dict[str, Any], ...] = (
+    {"bits": 2.25, "tokens": 200},
+    {"bits": 3.5, "length": 2, "mask": "causal", "tokens": 160},
+    {"bits": 6.5, "batch": 2, "mask": "bool", "tokens": 160},
 )
 
 
@@ -84,54 +88,122 @@ def quantizer(dims: int, heads: int, bits: float, seed: int) -> SpectralQuantize
 
 
 def snapshot(case: Case) -> Snapshot:
-    """A cache of random vectors, appended in two prompts, the newest 40 and first 4 tokens exact."""
+    """A cache of random codes and random exact tokens, the packed ones in two chunks; rows of a batch differ in length.
+
+    No quantizer runs: on a GPU, plain operations would be compiled for that, one by one.
+    """
     keys, values = (quantizer(d, case.heads, case.bits, i) for i, d in enumerate((case.key_dims, case.value_dims)))
-    storage = Storage(keys, values, 40, 4)
     generator = np.random.default_rng(case.tokens)
-    made = []
-    for q in (keys, values):
-        z = generator.normal(size=(case.batch, case.heads, case.tokens, q.layout.stored)).astype(np.float32)
-        made.append((mx.array(z) @ q.synthesis + q.mean).astype(case.dtype))
-    first = case.tokens // 3
-    for part in (slice(0, first), slice(first, case.tokens)):
-        storage.append(*(x[:, :, part] for x in made))
-        # By plain operations, so that only attention is compared.
-        storage.seal(lambda q, x: q.encode_words(x))
-    return storage.snapshot()
+    window, sinks = 56, 4
+    packed = case.tokens - window - sinks
+    first = packed // 3 // 2 * 2
+    sizes = [n for n in (first, packed - first) if n]
+    width = keys.words + values.words
+    chunks = [generator.integers(0, 2**32, (case.batch, width, n + n % 2), dtype=np.uint32) for n in sizes]
+    exact = [
+        mx.array(generator.normal(size=(case.batch, case.heads, 70, d)).astype(np.float32)).astype(case.dtype)
+        for d in (case.key_dims, case.value_dims)
+    ]
+    rows = rows_of(
+        (sinks,) * case.batch,
+        tuple(sinks + 3 * b for b in range(case.batch)),
+        sinks + window,
+        tuple(packed - 7 * b for b in range(case.batch)),
+    )
+    return Snapshot(
+        exact[0], exact[1], tuple((mx.array(c), n) for c, n in zip(chunks, sizes, strict=True)), rows, keys, values
+    )
 
 
-def mask_of(case: Case, length: int) -> Mask:
-    """A mask of this kind; random ones leave the newest token visible."""
+def decoded(held: Snapshot) -> list[tuple[NDArray[np.float64], NDArray[np.float64]]]:
+    """Keys and values [H, T, D] of each row, float64, in the order of the sequence."""
+    rows, layout = [], held.layout
+    words = np.concatenate([np.array(w)[..., :n] for w, n in held.packed], axis=-1)
+    exact = [np.array(x.astype(mx.float32), dtype=np.float64) for x in (held.exact_keys, held.exact_values)]
+    for b, packed in enumerate(layout.packed_tokens):
+        pair, start = [], 0
+        for x, q in zip(exact, (held.key_quantizer, held.value_quantizer), strict=True):
+            assert isinstance(q, SpectralQuantizer)
+            levels = unpack_reference(words[b, start : start + q.words, :packed], q.layout)
+            basis, mean = (np.array(a, dtype=np.float64) for a in (q.synthesis, q.mean))
+            codes = levels.swapaxes(1, 2) @ basis + mean
+            window = x[b, :, layout.window_start[b] : layout.window_end]
+            pair.append(np.concatenate([x[b, :, : layout.held_sinks[b]], codes, window], axis=1))
+            start += q.words
+        rows.append((pair[0], pair[1]))
+    return rows
+
+
+def mask_of(case: Case, held: Snapshot) -> Mask:
+    """A mask of this kind; random ones leave the first token visible."""
     if case.mask in ("none", "causal"):
         return None if case.mask == "none" else "causal"
     heads = case.heads * case.group if case.mask == "heads" else 1
-    shape = (case.batch, heads, case.length, length)
-    generator = np.random.default_rng(length)
+    shape = (case.batch, heads, case.length, held.length)
+    generator = np.random.default_rng(held.length)
     if case.mask == "added":
         return mx.array(generator.normal(size=shape).astype(np.float32)).astype(case.dtype)
     seen = generator.random(size=shape) < 0.7
-    seen[..., -1] = True
+    seen[..., 0] = True
     return mx.array(seen)
 
 
-def compare(case: Case, place: str, run: Run = kernels.run) -> tuple[float, float]:
-    """(largest error of the kernels, largest error of MLX's attention on the decoded arrays), both against float32."""
+def _added(case: Case, mask: Mask, row: int, tokens: int) -> NDArray[np.float64]:
+    """What the mask adds to the scores of a row, [1 or Hq, L, tokens]."""
+    if mask is None:
+        return np.zeros((1, case.length, tokens))
+    if isinstance(mask, str):
+        visible = np.arange(tokens)[None] <= np.arange(case.length)[:, None] + tokens - case.length
+        return np.where(visible, 0.0, -np.inf)[None]
+    own = np.array(mask.astype(mx.float32), dtype=np.float64)[row, ..., :tokens]
+    return np.where(own > 0, 0.0, -np.inf) if mask.dtype == mx.bool_ else own
+
+
+@dataclasses.dataclass
+class Problem:
+    """One case, ready to run: its operands, and by row what float64 and what MLX's own attention give, [Hq, L, Dv]."""
+
+    held: Snapshot
+    queries: mx.array
+    scale: float
+    mask: Mask
+    sinks: mx.array | None
+    expected: NDArray[np.float64]
+    stock: NDArray[np.float64]
+
+
+def problem(case: Case) -> Problem:
+    """The operands of a case and what they should give."""
     held = snapshot(case)
+    generator = np.random.default_rng(case.length)
     shape = (case.batch, case.heads * case.group, case.length, case.key_dims)
-    queries = mx.random.normal(shape, key=mx.random.key(case.length)).astype(case.dtype)
-    scale, mask = case.key_dims**-0.5, mask_of(case, held.length)
-    logits = mx.random.normal((shape[1],), key=mx.random.key(1)).astype(case.dtype) if case.sinks else None
-    exact = [x.astype(mx.float32) for x in (held.exact_keys, held.exact_values)]
-    wide = dataclasses.replace(held, exact_keys=exact[0], exact_values=exact[1])
-    rounded = mask.astype(mx.float32) if case.mask == "added" and isinstance(mask, mx.array) else mask
-    sinks = None if logits is None else logits.astype(mx.float32)
-    with mx.stream(mx.cpu):  # float32 on a GPU may mean less than that
-        expected = attend_reference(wide, queries.astype(mx.float32), scale, rounded, sinks)
-        mx.eval(expected)
-    found = attend_codes(held, queries, scale, mask, logits, place, run)
-    stock = attend_reference(held, queries, scale, mask, logits)
-    errors = [float(np.abs(np.array(x.astype(mx.float32) - expected)).max()) for x in (found, stock)]
-    return errors[0] if np.isfinite(errors[0]) else float("inf"), errors[1]
+    queries = mx.array(generator.normal(size=shape).astype(np.float32)).astype(case.dtype)
+    logits = mx.array(generator.normal(size=shape[1]).astype(np.float32)).astype(case.dtype) if case.sinks else None
+    scale, mask = case.key_dims**-0.5, mask_of(case, held)
+    expected, stock = [], []
+    for b, (keys, values) in enumerate(decoded(held)):
+        added = _added(case, mask, b, keys.shape[1])
+        q = np.array(queries[b].astype(mx.float32), dtype=np.float64)
+        scores = q @ np.repeat(keys, case.group, axis=0).swapaxes(1, 2) * scale + added
+        top = scores.max(axis=-1, keepdims=True)
+        weights = np.exp(scores - top)
+        total = weights.sum(axis=-1, keepdims=True)
+        if logits is not None:
+            total += np.exp(np.array(logits.astype(mx.float32), dtype=np.float64)[:, None, None] - top)
+        expected.append(weights @ np.repeat(values, case.group, axis=0) / total)
+        k, v = (mx.array(x[None].astype(np.float32)).astype(case.dtype) for x in (keys, values))
+        own = mx.array(np.maximum(added, -1e4)[None].astype(np.float32)).astype(case.dtype)
+        attention = original_attention()(queries[b : b + 1], k, v, scale=scale, mask=own, sinks=logits)
+        stock.append(np.array(attention[0].astype(mx.float32), dtype=np.float64))
+    return Problem(held, queries, scale, mask, logits, np.stack(expected), np.stack(stock))
+
+
+def compare(case: Case, place: str, run: Run = kernels.run) -> tuple[float, float]:
+    """(largest error of the kernels, largest error of MLX's attention on the decoded arrays), against float64."""
+    p = problem(case)
+    found = attend_codes(p.held, p.queries, p.scale, p.mask, p.sinks, place, run)
+    errors = [np.abs(x - p.expected).max() for x in (np.array(found.astype(mx.float32)), p.stock)]
+    return float(errors[0]) if np.isfinite(errors[0]) else float("inf"), float(errors[1])
 
 
 def allowed(case: Case, stock: float) -> float:
@@ -140,9 +212,10 @@ def allowed(case: Case, stock: float) -> float:
     return 2 * stock + unit
 
 
-def first_wrong(place: str) -> str:
-    """The first of three small cases that is wrong, or nothing."""
-    for case in FIRST:
+def first_wrong(place: str, key_dims: int, value_dims: int, dtype: mx.Dtype) -> str:
+    """The first of three small cases of the variant that is to be used that is wrong, or nothing."""
+    for changes in FIRST:
+        case = Case(key_dims, value_dims, dtype=dtype, **changes)
         found, stock = compare(case, place)
         if found > allowed(case, stock):
             return f"{case}: error {found:.2g}, MLX's own {stock:.2g}"

@@ -338,6 +338,23 @@ def pack_reference(codes: Sequence[Sequence[int]], layout: Layout) -> NDArray[np
     return np.array(words, dtype=np.uint32)
 
 
+def unpack_reference(words: NDArray[np.uint32], layout: Layout) -> NDArray[np.float64]:
+    """Levels [H, N, T] of words [W, T], field by field in NumPy: what `Layout.unpack_levels` must give."""
+    result = np.zeros((layout.heads, layout.stored, words.shape[-1]))
+    for head, segments in enumerate(layout.segments):
+        for s in segments:
+            start = layout.first_words[head] + s.first_word
+            run = words[start : start + s.words]
+            codes = np.stack([run >> (s.shift + slot * s.width) & (2**s.width - 1) for slot in range(s.slots)])
+            index, table = codes.astype(np.int64), levels(s.width)
+            if layout.trellis and is_ring(s.width, s.slots):
+                low = index & 1
+                index = 2 * (index ^ np.roll(low, 2, axis=0)) + np.roll(low, 1, axis=0)
+                table = ring_levels(s.width)
+            result[head, s.first : s.first + s.count] = table[index].reshape(s.count, -1)
+    return result
+
+
 def allocate_words(costs: NDArray[np.float64], words: int) -> NDArray[np.int64]:
     """Widths [D] that pack into at most `words` words and waste as few of their bits as possible.
 
