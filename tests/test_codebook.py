@@ -113,3 +113,17 @@ def test_quantize_takes_half_precision(dtype):
 def test_quantize_keeps_the_shape():
     assert codebook.quantize(mx.zeros((2, 3, 5)), 3).shape == (2, 3, 5)
     assert codebook.dequantize(mx.zeros((2, 3, 5), mx.uint32), 3).shape == (2, 3, 5)
+
+
+@pytest.mark.parametrize(("device", "traces"), [(mx.cpu, 1), (mx.gpu, 2)])
+def test_levels_are_fused_on_a_cpu_and_never_compiled_on_a_gpu(monkeypatch, device, traces):
+    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(device))
+    calls = []
+
+    @codebook.fused
+    def twice(x):
+        calls.append(x)
+        return x + x
+
+    assert [twice(mx.arange(n)).tolist() for n in (2, 3)] == [[0, 2], [0, 2, 4]]
+    assert len(calls) == traces

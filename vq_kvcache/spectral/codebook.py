@@ -8,7 +8,8 @@ weighted by the Gaussian mass of each cell; tests/oracle.py derives them again i
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -86,3 +87,19 @@ def quantize(z: mx.array, bits: int) -> mx.array:
         step = mx.where(error_up < error, up, guess)
         guess = mx.where(error_down < mx.minimum(error, error_up), down, step)
     return guess.astype(mx.uint32)
+
+
+def fused(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` of arrays of any shape as one kernel on a CPU. Nothing in it may take its shape from anything but them.
+
+    On a GPU its operations stay apart: CUDA would compile every fused kernel anew in each process, for one to three
+    seconds apiece, and a calibration or a prompt needs dozens; what must be fast there is in kernels/.
+    """
+    # Shapeless, or every context length would be traced anew, and its trace kept.
+    compiled = mx.compile(function, shapeless=True)
+
+    @functools.wraps(function)
+    def call(*arrays: mx.array) -> Any:
+        return (function if mx.default_device() == mx.gpu else compiled)(*arrays)
+
+    return call

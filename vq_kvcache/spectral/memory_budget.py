@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 
 PROBES = (128, 256)  # tokens
+RUNS = 3  # of each: memory is claimed ahead of the work by as much as threads happen to run apart
 STEP = 64  # tokens: sequences are shortened by whole steps
 LEAST_BEYOND = 64  # tokens that a sequence must have beyond window and sinks
 
@@ -50,7 +51,7 @@ def fit(run: Callable[[int, bool], Any], sequence_length: int, shortest: int, bu
 
 def _needs(run: Callable[[int, bool], Any], checkpoint: bool) -> Callable[[int], int]:
     """Bytes by tokens: a + b T would underrate attention, so a parabola through nothing and two measurements."""
-    (t, low), (u, high) = ((n, _peak(run, n, checkpoint)) for n in PROBES)
+    (t, low), (u, high) = ((n, max(_peak(run, n, checkpoint) for _ in range(RUNS))) for n in PROBES)
     bend = max((high / u - low / t) / (u - t), 0.0)
     slope = max(high / u - bend * u, 0.0)
     return lambda tokens: int(slope * tokens + bend * tokens**2)

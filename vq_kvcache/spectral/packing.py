@@ -26,7 +26,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from .bit_allocator import allocate
-from .codebook import MAX_BITS, dequantize, levels
+from .codebook import MAX_BITS, dequantize, fused, levels
 from .trellis import dequantize_rings, is_ring, ring_levels, turn_rings
 
 WORD_BITS = 32
@@ -307,8 +307,7 @@ def _storage_order(widths: NDArray[np.int64], segments: list[Segment]) -> list[i
 def _levels(width: int) -> Callable[[mx.array], mx.array]:
     """Mask and polynomial fused into one kernel for each width."""
 
-    # Shapeless, or every context length would be traced anew, and its trace kept.
-    @functools.partial(mx.compile, shapeless=True)
+    @fused
     def decode(fields: mx.array) -> mx.array:
         return dequantize(fields & (2**width - 1), width)
 
@@ -319,7 +318,7 @@ def _levels(width: int) -> Callable[[mx.array], mx.array]:
 def _turned_levels(width: int) -> Callable[[mx.array, mx.array], mx.array]:
     """The same for the codes of rings, whose lowest bit was turned, and the lowest bits of their neighbours."""
 
-    @functools.partial(mx.compile, shapeless=True)
+    @fused
     def decode(fields: mx.array, lows: mx.array) -> mx.array:
         return dequantize_rings(fields & (2**width - 1), lows & 1, width)
 

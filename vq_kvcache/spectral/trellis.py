@@ -18,7 +18,7 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
-from .codebook import odd_polynomial
+from .codebook import fused, odd_polynomial
 
 # c of level = sum_k c_k t^(2k+1): the fixed point of Lloyd's iteration with rings of 32 // b codes of Gaussian
 # numbers (benchmarks/trellis.py).
@@ -131,8 +131,7 @@ def _nearest_member(width: int, subset: int) -> Callable[[mx.array], tuple[mx.ar
     levels = ring_levels(width)[subset::4]
     edges = ((levels[1:] + levels[:-1]) / 2).tolist()
 
-    # Shapeless, so nothing in it may take its shape from anything but z: no zeros_like.
-    @functools.partial(mx.compile, shapeless=True)
+    @fused
     def nearest(z: mx.array) -> tuple[mx.array, mx.array]:
         member = (z > edges[0]).astype(mx.float32)
         for edge in edges[1:]:
