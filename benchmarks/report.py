@@ -43,6 +43,28 @@ def memory(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def models(result: dict[str, Any]) -> str:
+    """The sweep over model modules, by class."""
+    rows = result["models"]
+    measured = {name.split(" ")[0] for name, r in rows.items() if "4 bits" in r}
+    lines = [
+        f"Small random models of {len(measured)} of mlx-lm {result['mlx_lm']}'s modules, {sum(result['pieces'])} "
+        f"tokens in pieces, window {result['window']}; differences in units of the logits' spread, KL in nats:",
+        "",
+        "| kind | models | lossless: largest difference | 4 bits: median KL | largest | 0.5 bits: median KL |",
+        "|---|---|---|---|---|---|",
+    ]
+    for kind, c in result["classes"].items():
+        if "median KL at 4 bits" not in c:
+            lines.append(f"| {kind} | {c['models']} | nothing to pack | | | |")
+            continue
+        names = "median KL at 4 bits", "largest KL at 4 bits", "median KL at 0.5 bits"
+        shown = [f"{c[n]:.5f}" for n in names]
+        lines.append(f"| {kind} | {c['models']} | {c['largest lossless difference']:.1e} | " + " | ".join(shown) + " |")
+    failed = [f"{name} ({r['error'].removesuffix('.')})" for name, r in rows.items() if "error" in r]
+    return "\n".join(lines) + (f"\n\nNot run here: {', '.join(failed)}." if failed else "")
+
+
 def break_even(rows: dict[str, Any], full: dict[str, int], contexts: list[str], codec: int) -> int:
     """The context at which cache and codec are as large as KVCache, on the line through the two longest contexts."""
     a, b = (int(n) for n in contexts[-2:])
@@ -70,6 +92,7 @@ def tables() -> dict[str, str]:
         ),
         "recall": quality_tables.recall(_results("recall-*.json")),
         "calibration": quality_tables.calibrations(_results("calibration-*.json")),
+        "models": models(json.loads((RESULTS / "models.json").read_text())),
         "memory": memory(json.loads((RESULTS / "memory.json").read_text())),
     }
 

@@ -36,6 +36,7 @@ def served_folder(source, target):
     words = (target / "tokenizer.json").read_text("utf-8")
     for word, other in WORDS.items():
         words = words.replace(json.dumps(word), json.dumps(other))
+    words = json.dumps({**json.loads(words), "pre_tokenizer": {"type": "WhitespaceSplit"}})  # keeps these in one piece
     (target / "tokenizer.json").write_text(words, "utf-8")
     path = target / "tokenizer_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text("utf-8")), "chat_template": CHAT_TEMPLATE}))

@@ -449,10 +449,25 @@ def test_unusual_pairs_of_handles_are_taken_for_arrays(batch):
     keys, values = fed(made, 1, 2, 3)[1]
     queries = mx.random.normal((2, 4, 1, 32))
     mask = made.make_mask(1)[..., :-1]
+    expected = intercept.original_attention()(queries, mx.array(values), mx.array(values), scale=0.2, mask=mask)
+    with intercept.dispatching():
+        result = mx.fast.scaled_dot_product_attention(queries, values, values, scale=0.2, mask=mask)
+    assert mx.array_equal(result, expected)
+    assert isinstance(keys, Handle)
+
+
+def test_keys_that_are_values_too_are_attended_from_their_codes(batch):
+    """Multi-head latent attention, with the scores of positions as a mask over the columns."""
+    made = fed(batch([0, 100]), 300, 2)[0]
+    keys, _ = fed(made, 1, 2, 3)[1]
+    queries = mx.random.normal((2, 4, 1, 32))
+    hidden = mx.where(made.make_mask(1)[..., :-1], 0.0, -1e9)
+    mask = hidden + mx.random.normal((2, 4, 1, keys.shape[2]))
     expected = intercept.original_attention()(queries, mx.array(keys), mx.array(keys), scale=0.2, mask=mask)
     with intercept.dispatching():
-        assert mx.array_equal(mx.fast.scaled_dot_product_attention(queries, keys, keys, scale=0.2, mask=mask), expected)
-    assert isinstance(values, Handle)
+        result = mx.fast.scaled_dot_product_attention(queries, keys, keys, scale=0.2, mask=mask)
+    assert not mx.array_equal(result, expected)  # sums in another order: not the decoded array
+    assert mx.allclose(result, expected, atol=1e-5)
 
 
 def test_keys_can_be_made_to_depend_on_something(batch):

@@ -45,7 +45,10 @@ def test_version_and_help_name_everything(capsys):
 
 def test_an_unknown_command_is_refused(capsys):
     assert main(["compress"]) == 2
-    assert "unknown command 'compress'; expected one of demo, patch, generate" in capsys.readouterr().err
+    assert (
+        "unknown command 'compress'; expected one of demo, inspect, calibrate, codecs, patch, generate"
+        in capsys.readouterr().err
+    )
 
 
 def test_generate_runs_mlx_lms_command_with_spectral_caches(capsys, monkeypatch):

@@ -136,12 +136,15 @@ class Twins:
         return Twins(copy.deepcopy(self.caches), self.sequences, self.lengths).check()
 
     def saved(self):
-        for cache in self.caches:
-            mx.eval(cache.state)
         names = [n for n in ("state", "meta_state") if n in dir(BatchKVCache)]
-        return Twins(
-            [type(c).from_state(*(getattr(c, n) for n in names)) for c in self.caches], self.sequences, self.lengths
-        ).check()
+
+        def again(cache):
+            if cache.empty() and type(cache) is BatchKVCache:  # of which mlx-lm before 0.32 has no state
+                return copy.deepcopy(cache)
+            mx.eval(cache.state)
+            return type(cache).from_state(*(getattr(cache, n) for n in names))
+
+        return Twins([again(cache) for cache in self.caches], self.sequences, self.lengths).check()
 
     def remade(self):
         """Every sequence extracted, and all merged again."""

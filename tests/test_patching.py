@@ -6,9 +6,7 @@ import importlib.util
 import itertools
 import os
 import shutil
-import sys
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
 from unittest.mock import Mock
 
 import pytest
@@ -18,7 +16,7 @@ from vq_kvcache.patching import BACKUP_SUFFIX, PatchError
 
 MonkeyPatch = pytest.MonkeyPatch
 Capture = pytest.CaptureFixture[str]
-Generate = ModuleType | None
+PATCHED = ("chat.py", "generate.py", "server.py")
 
 ONE = "".join(f"line {i}\n" for i in range(1, 21))
 TWO = "first\r\nsecond\rhalf\nlast without newline"
@@ -90,13 +88,13 @@ def tree(tmp_path: Path, monkeypatch: MonkeyPatch) -> Path:
 
 
 def installed_copy(folder: Path) -> Path:
-    """The installed mlx-lm as released: a copy, unpatched where this environment's is patched."""
+    """The patched files of the installed mlx-lm as released: a copy, unpatched where this environment's is patched."""
     spec = importlib.util.find_spec("mlx_lm")
     assert spec is not None
     source = Path(next(iter(spec.submodule_search_locations or ())))
     package = folder / "mlx_lm"
     package.mkdir()
-    for name in ("generate.py", "_version.py", "__init__.py", "generate.py" + BACKUP_SUFFIX):
+    for name in ("_version.py", "__init__.py", *PATCHED, *(n + BACKUP_SUFFIX for n in PATCHED)):
         if (source / name).exists():
             shutil.copy2(source / name, package / name)
     if patching._read_version(package, installed=False) in patching.available_patches():
@@ -116,7 +114,7 @@ def refused(package: Path) -> bool:
 
 def test_carried_patches_are_named_by_version_and_say_why_and_until_when() -> None:
     patches = patching.available_patches()
-    assert patches["0.32.2"].name == "mlx-lm-0.32.2-spectral-cache.patch"
+    assert sorted(patches) == ["0.31.3", "0.32.2"]
     for version, path in patches.items():
         assert path.name.startswith(f"mlx-lm-{version}-")
         header = path.read_text().split("diff --git", 1)[0]
@@ -141,14 +139,16 @@ def test_installed_mlx_lm_is_patched_and_restored(tmp_path: Path) -> None:
     if refused(package):
         return
     before = snapshot(package)
-    assert patching.check(package).startswith("clean: mlx-lm 0.32.2 in ")
-    assert patching.apply(package) == [package / "generate.py"]
+    version = patching._read_version(package, installed=False)
+    files = [package / name for name in PATCHED]
+    assert patching.check(package).startswith(f"clean: mlx-lm {version} in ")
+    assert patching.apply(package) == files
     assert patching.check(package).startswith("applied: ")
-    # The patch's index line is git's own statement of the result.
-    data = (package / "generate.py").read_bytes()
-    blob = hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
-    assert f"..{blob} 100644\n" in patching.available_patches()["0.32.2"].read_text()
-    assert patching.revert(package) == [package / "generate.py"]
+    for file in files:  # a patch's index lines are git's own statement of the result
+        data = file.read_bytes()
+        blob = hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
+        assert f"..{blob} 100644\n" in patching.available_patches()[version].read_text()
+    assert patching.revert(package) == files
     assert snapshot(package) == before
 
 
@@ -159,120 +159,6 @@ def test_an_edit_outside_the_patched_lines_is_refused(tmp_path: Path) -> None:
     path = package / "generate.py"
     path.write_bytes(path.read_bytes().replace(b'DEFAULT_PROMPT = "hello"', b'DEFAULT_PROMPT = "howdy"'))
     assert_refused(package, r"got an edited file \(the text outside the patched lines differs\), expected")
-
-
-@pytest.fixture
-def patched_generate(tmp_path: Path) -> Generate:
-    """The patched generate.py as a module of the real mlx_lm package; None when its version is refused."""
-    package = installed_copy(tmp_path)
-    if refused(package):
-        return None
-    patching.apply(package)
-    spec = importlib.util.spec_from_file_location("mlx_lm.patched_generate", package / "generate.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_patched_parser_knows_the_five_options(patched_generate: Generate) -> None:
-    if patched_generate is None:
-        return
-    parser = patched_generate.setup_arg_parser()
-    for line, expected in (
-        ("", ("full", 2.0, 128, 4, None)),
-        ("--kv-cache spectral --kv-avg-bits 3.5 --kv-window 9 --kv-sinks 0 --kv-codec a", ("spectral", 3.5, 9, 0, "a")),
-    ):
-        args = parser.parse_args(line.split())
-        assert (args.kv_cache, args.kv_avg_bits, args.kv_window, args.kv_sinks, args.kv_codec) == expected
-
-
-class Tokenizer:
-    has_chat_template = False
-    vocab_size = 8
-    eos_token_ids = (0,)
-
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        return [1]
-
-
-def run_main(
-    module: ModuleType, monkeypatch: MonkeyPatch, line: str, model_caches: int = 2
-) -> tuple[object, dict[str, object]]:
-    """Run the patched command with stubs; return the prompt cache `generate` got and what vq_kvcache was asked for."""
-    asked: dict[str, object] = {}
-    got: dict[str, object] = {}
-    model = SimpleNamespace(layers=["a", "b"])
-    tokenizer = Tokenizer()
-    draft = SimpleNamespace(layers=["c"], make_cache=lambda: ["draft cache"])
-
-    def make_prompt_cache(model: object, **options: object) -> list[str]:
-        asked.update(model=model, **options)
-        return ["spectral"] * model_caches
-
-    plugin = SimpleNamespace(
-        SpectralKVCache=SimpleNamespace(with_options=lambda **options: options), make_prompt_cache=make_prompt_cache
-    )
-    monkeypatch.setitem(sys.modules, "vq_kvcache", plugin)
-    loaded: dict[str, tuple[object, ...]] = {"stub": (model, tokenizer, {}), "d": (draft, tokenizer)}
-    monkeypatch.setattr(module, "load", lambda path, **options: loaded[path])
-    metadata = {"model": "stub", "tokenizer_config": "{}"}
-    monkeypatch.setattr(module, "load_prompt_cache", lambda file, return_metadata: (["from file"], metadata))
-    monkeypatch.setattr(module, "generate", lambda *args, **options: got.update(options) or "")
-    monkeypatch.setattr(sys, "argv", ["mlx_lm.generate", "--model", "stub", *line.split()])
-    module.main()
-    if asked:
-        assert asked["model"] is model
-        assert asked["tokenizer"] is tokenizer
-    return got["prompt_cache"], asked
-
-
-def test_patched_command_makes_the_cache_asked_for(patched_generate: Generate, monkeypatch: MonkeyPatch) -> None:
-    if patched_generate is None:
-        return
-    line = "--kv-cache spectral --kv-avg-bits 3 --kv-window 64 --kv-sinks 2 --kv-codec c"
-    cache, asked = run_main(patched_generate, monkeypatch, line)
-    assert cache == ["spectral", "spectral"]
-    assert asked["cache"] == {"bits_per_value": 3.0, "window": 64, "sinks": 2, "codec": "c"}
-
-
-@pytest.mark.parametrize(
-    ("line", "expected"),
-    [
-        ("", None),
-        ("--kv-bits 4 --max-kv-size 9", None),
-        ("--draft-model d", None),
-        ("--prompt-cache-file f", ["from file"]),
-        ("--prompt-cache-file f --kv-cache spectral", ["from file"]),
-    ],
-)
-def test_patched_command_otherwise_does_what_it_did(
-    patched_generate: Generate, monkeypatch: MonkeyPatch, line: str, expected: list[str] | None
-) -> None:
-    if patched_generate is not None:
-        assert run_main(patched_generate, monkeypatch, line) == (expected, {})
-
-
-def test_patched_command_appends_the_draft_caches(patched_generate: Generate, monkeypatch: MonkeyPatch) -> None:
-    if patched_generate is None:
-        return
-    line = "--kv-cache spectral --draft-model d"
-    cache, _ = run_main(patched_generate, monkeypatch, line)
-    assert cache == ["spectral", "spectral", "draft cache"]
-    with pytest.raises(ValueError, match="Got 1 caches for 2 layers: use --kv-cache full with --draft-model"):
-        run_main(patched_generate, monkeypatch, line, model_caches=1)
-
-
-@pytest.mark.parametrize("other", ["--kv-bits 4", "--max-kv-size 64"])
-def test_patched_command_refuses_a_second_way_to_shrink(
-    patched_generate: Generate, monkeypatch: MonkeyPatch, capsys: Capture, other: str
-) -> None:
-    if patched_generate is None:
-        return
-    with pytest.raises(SystemExit, match="2"):
-        run_main(patched_generate, monkeypatch, f"--kv-cache spectral {other}")
-    assert "error: --kv-cache spectral takes neither --kv-bits nor --max-kv-size" in capsys.readouterr().err
 
 
 def test_apply_and_revert_are_byte_exact_and_keep_the_mode(tree: Path) -> None:

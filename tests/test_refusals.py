@@ -131,3 +131,10 @@ def test_an_mlx_lm_of_unknown_shape_is_refused(model, tokenizer, monkeypatch, ho
         ):
             use()
         assert symbols() == changed
+
+
+def test_a_draft_for_a_model_with_other_caches_than_layers_is_refused(model, tokenizer, monkeypatch):
+    monkeypatch.setattr(type(model), "make_cache", lambda self: [KVCache()] * 3)
+    for way in both_ways(model, tokenizer):
+        with pytest.raises(ValueError, match="the model has 3 caches for 2 layers, and mlx-lm splits those of a draft"):
+            way(cache=LOSSLESS, draft_model=tiny_model(1))

@@ -53,7 +53,9 @@ def attend(
     if not snapshot.packed:
         return attend_reference(snapshot, queries, scale, mask, sinks)
     place = kernels.backend()
-    if place != "ops" and launches.fits(snapshot, queries, place) and _trusts(snapshot, place):
+    # The kernels' tables place values' words behind the keys'.
+    fits = place != "ops" and not snapshot.keys_twice and launches.fits(snapshot, queries, place)
+    if fits and _trusts(snapshot, place):
         if queries.shape[2] <= launches.MOST_QUERIES:
             return attend_codes(snapshot, queries, scale, mask, sinks, place)
         if _decoded_bytes(snapshot, 1) <= DECODED_BYTES:

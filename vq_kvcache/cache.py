@@ -13,8 +13,9 @@ from mlx_lm.models.cache import KVCache, create_attention_mask
 from .attention import Mask, attend
 from .chunks import Chunk, Chunks
 from .drift import Drift, warn_once
+from .shards import Share
 from .spectral.codec import Bits, Codec, CodecError, Plan, as_pair, budget_of, find_codec
-from .spectral.intercept import Handle
+from .spectral.intercept import Handle, is_pair
 from .spectral.spectral_quant import Quantizer, RawQuantizer
 from .storage import BLOCK, LAG, Snapshot, Storage
 
@@ -34,14 +35,16 @@ def find_plan(name: str, fingerprint: str) -> Plan:
     """The plan a saved cache names: one in use in this process, or that of the stored codec of its model."""
     if name in _plans:
         return _plans[name]
-    identity, _, bits = name.partition("@")
+    whole, share = Share.named(name)
+    identity, _, bits = whole.partition("@")
     codec = find_codec(fingerprint) if fingerprint else None
     if codec is None or codec.identity != identity:
         raise CodecError(
             f"the saved prompt cache was packed by codec {identity} of model {fingerprint or 'unknown'}, which is not "
             "here; expected it in the codec folder or attached to the model; load that codec first."
         )
-    return register_plan(codec.plan(budget_of(bits)))
+    plan = codec.plan(budget_of(bits))
+    return register_plan(plan if share is None else share.of_plan(plan))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,10 +89,13 @@ class View:
     def attention(
         self, queries: mx.array, keys: Handle, values: mx.array, original: Callable[..., mx.array], **options: Any
     ) -> mx.array:
-        paired = isinstance(values, Handle) and values.source is self and (keys.part, values.part) == ("keys", "values")
-        if not paired:  # a model that attends to something else with these keys: the handle is the decoded array
+        if is_pair(keys, values):
+            snapshot = self.snapshot
+        elif values is keys and keys.part == "keys":
+            snapshot = self.snapshot.of_keys()
+        else:  # a model that attends to something else with these keys: the handle is the decoded array
             return original(queries, keys, values, **options)
-        return attend(self.snapshot, queries, options["scale"], self.of_rows(options.get("mask")), options.get("sinks"))
+        return attend(snapshot, queries, options["scale"], self.of_rows(options.get("mask")), options.get("sinks"))
 
     def of_rows(self, mask: Mask) -> Mask:
         """A mask over the columns of the handles, as one over the positions of the tokens: the same here."""

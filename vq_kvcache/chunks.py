@@ -64,8 +64,8 @@ class Chunks:
         if len(self.held) == MAX_CHUNKS:
             self._join_smallest()
         wanted = max(SMALLEST_CHUNK, self.tokens // 4, missing)
-        # Even, because a lane of a kernel reads the words of two tokens at once.
-        room = max(fill_pages(wanted, 4 * batch * width) & ~1, missing + missing % 2)
+        # A multiple of four, because kernels fetch the words of four tokens at once.
+        room = max(fill_pages(wanted, 4 * batch * width) & ~3, -(-missing // 4) * 4)
         self.held.append(Chunk(mx.zeros((batch, width, room), mx.uint32), missing))
 
     def write(self, column: int, words: mx.array, row: int | None = None) -> None:

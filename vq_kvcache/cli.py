@@ -1,14 +1,20 @@
 """The command `vq_kvcache`: its own subcommands, and every mlx_lm command with the spectral cache on."""
 
 import argparse
+import importlib
 import sys
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
 OWN = {
     "demo": "generate with the shipped model from both caches and compare them",
-    "patch": "give the installed mlx_lm.generate the option --kv-cache spectral, or take it back",
+    "inspect": "what is packed of a model, a codec or a prompt cache, and what it costs",
+    "calibrate": "make the codec of a model now",
+    "codecs": "list, export, import or remove the codecs of this machine",
+    "patch": "give the installed mlx_lm commands the option --kv-cache spectral, or take it back",
 }
+MODULES = {"inspect": "inspection", "calibrate": "calibration", "codecs": "library", "patch": "patching"}
 MLX_LM = ("generate", "chat", "server", "cache_prompt", "evaluate", "benchmark")
 
 
@@ -25,14 +31,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(_usage())
         return 0 if arguments else 2
     command, *rest = arguments
-    if command == "demo":
-        from .demo import main as demo
-
-        return demo(rest)
-    if command == "patch":
-        from .patching import main as patch
-
-        return patch(rest)
+    if command in OWN:
+        module = importlib.import_module(f".{MODULES.get(command, command)}", __package__)
+        return int(module.main(rest))
     if command in MLX_LM:
         return _run_mlx_lm(command, rest)
     print(f"vq_kvcache: unknown command {command!r}; expected one of {', '.join([*OWN, *MLX_LM])}.", file=sys.stderr)
@@ -54,11 +55,29 @@ def cache_parser(command: str) -> argparse.ArgumentParser:
     )  # fmt: skip
     group = parser.add_argument_group("cache options")
     group.add_argument("--kv-cache", choices=("spectral", "full"), default="spectral", help="default: spectral")
-    group.add_argument("--kv-avg-bits", type=float, default=2.0, help="stored bits per cached number (default: 2.0)")
+    group.add_argument("--kv-avg-bits", type=float, help="stored bits per cached number (default: 2.0)")
+    group.add_argument("--kv-key-bits", type=float, help="instead, of keys; with --kv-value-bits")
+    group.add_argument("--kv-value-bits", type=float, help="instead, of values; with --kv-key-bits")
+    group.add_argument("--kv-max-kl", type=float, help="instead, the fewest bits predicted to cost this KL, in nats")
     group.add_argument("--kv-window", type=int, default=128, help="newest tokens kept exact (default: 128)")
     group.add_argument("--kv-sinks", type=int, default=4, help="first tokens kept exact (default: 4)")
     group.add_argument("--kv-codec", default=None, help="codec file (default: found by model, or made once)")
     return parser
+
+
+def cache_options(parser: argparse.ArgumentParser, options: argparse.Namespace) -> Any:
+    """The CacheOptions that the command line asks for; ends the process, as argparse does, where it contradicts itself
+    or one is out of range."""
+    from .cache import CacheOptions
+
+    bits, kl = options.kv_avg_bits, options.kv_max_kl
+    pair = options.kv_key_bits, options.kv_value_bits
+    if (pair[0] is None) != (pair[1] is None):
+        parser.error("one of --kv-key-bits and --kv-value-bits was given; expected both, or --kv-avg-bits.")
+    if sum(given is not None for given in (bits, pair[0], kl)) > 1:
+        parser.error("several budgets were given; expected one of --kv-avg-bits, --kv-key-bits and --kv-max-kl.")
+    budget = pair if pair[0] is not None else 2.0 if bits is None else bits
+    return CacheOptions(budget, options.kv_window, options.kv_sinks, options.kv_codec, max_kl=kl)
 
 
 def _run_mlx_lm(command: str, arguments: list[str]) -> int:
@@ -72,7 +91,6 @@ def _run_mlx_lm(command: str, arguments: list[str]) -> int:
 
     from mlx_lm import cli as mlx_lm_cli
 
-    from .cache import CacheOptions
     from .hooks import install
     from .spectral.codec import CodecError
 
@@ -81,8 +99,7 @@ def _run_mlx_lm(command: str, arguments: list[str]) -> int:
         if options.kv_cache == "full":
             mlx_lm_cli.main()
             return 0
-        chosen = CacheOptions(options.kv_avg_bits, options.kv_window, options.kv_sinks, options.kv_codec)
-        with install(chosen):
+        with install(cache_options(parser, options)):
             mlx_lm_cli.main()
     except CodecError as error:
         print(f"vq_kvcache: {error}", file=sys.stderr)

@@ -96,10 +96,10 @@ def snapshot(case: Case) -> Snapshot:
     generator = np.random.default_rng(case.tokens)
     window, sinks = 56, 4
     packed = case.tokens - window - sinks
-    first = packed // 3 // 2 * 2
+    first = packed // 3 // 4 * 4
     sizes = [n for n in (first, packed - first) if n]
     width = keys.words + values.words
-    chunks = [generator.integers(0, 2**32, (case.batch, width, n + n % 2), dtype=np.uint32) for n in sizes]
+    chunks = [generator.integers(0, 2**32, (case.batch, width, -(-n // 4) * 4), dtype=np.uint32) for n in sizes]
     exact = [
         mx.array(generator.normal(size=(case.batch, case.heads, 70, d)).astype(np.float32)).astype(case.dtype)
         for d in (case.key_dims, case.value_dims)

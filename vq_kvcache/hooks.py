@@ -9,7 +9,7 @@ import functools
 import importlib
 import inspect
 import os
-import types
+import sys
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -21,9 +21,19 @@ from mlx_lm.models.cache import KVCache
 
 from .batch_cache import BatchSpectralKVCache
 from .cache import LOSSLESS, CacheOptions, SpectralKVCache, register_plan
+from .shards import Share
 from .spectral import intercept
 from .spectral.calibrate import codec_for
-from .spectral.codec import Codec, CodecError, Plan, fingerprint, plan_of_rotations
+from .spectral.codec import (
+    Codec,
+    CodecError,
+    Plan,
+    find_codec,
+    fingerprint,
+    fingerprint_of_files,
+    plan_of_rotations,
+    stored_path,
+)
 from .spectral.rotation_files import load_cached_rotations
 from .spectral.spectral_quant import SpectralRotation
 
@@ -33,11 +43,31 @@ SUPPORTED = "mlx-lm 0.31.3 to 0.32"
 
 
 class Attachment:
-    """What a model was given by `attach`: how to find its plan, and the options its caches are made with."""
+    """What a model was given by `attach`: how to find its plan, and the options its caches are made with.
 
-    def __init__(self, tokenizer: Any, options: CacheOptions, plan: Plan | None) -> None:
-        self.tokenizer, self.options, self._fixed = tokenizer, options, plan
+    source: loads the whole model again with weights not read yet, for the name of one that was split since.
+    """
+
+    def __init__(
+        self, tokenizer: Any, options: CacheOptions, plan: Plan | None, source: Callable[[], Any] | None = None
+    ) -> None:
+        self.tokenizer, self.options, self._fixed, self._source = tokenizer, options, plan, source
         self._codec: Codec | None = None
+        self._whole: str | None = None  # the fingerprint, where this process holds a share
+
+    def fingerprint(self, model: Any, share: Share | None) -> str:
+        """The whole model's."""
+        if share is None:
+            return fingerprint(model)
+        if self._whole is None and self._source is None:
+            raise CodecError(
+                "the model was split over several processes before it was attached, so its fingerprint is unknown; "
+                "expected install() first and mlx_lm's sharded_load() then."
+            )
+        if self._whole is None:
+            assert self._source is not None
+            self._whole = fingerprint_of_files(self._source)
+        return self._whole
 
     def plan(self, model: Any, options: CacheOptions) -> Plan:
         """The plan for these options; finds or calibrates the codec on first use."""
@@ -45,25 +75,32 @@ class Attachment:
             return LOSSLESS
         if self._fixed is not None and options.codec is None:
             return self._fixed
+        share = Share.of(model)
         codec = options.codec
         if isinstance(codec, str | os.PathLike):
             codec = Codec.load(codec)
         if codec is not None:
-            if codec.fingerprint != (name := fingerprint(model)):
+            if codec.fingerprint != (name := self.fingerprint(model, share)):
                 raise CodecError(f"the codec is of model {codec.fingerprint}; this model is {name}; use its own codec.")
         else:
-            codec = self._codec = self._codec or _codec_in_use(model, self.tokenizer)
-        return register_plan(options.plan(codec))
+            codec = self._codec = self._codec or self._codec_in_use(model, share)
+        plan = options.plan(codec)
+        return register_plan(plan if share is None else share.of_plan(plan))
+
+    def _codec_in_use(self, model: Any, share: Share | None) -> Codec:
+        name = self.fingerprint(model, share)
+        if name not in _codecs:
+            found = codec_for(model, self.tokenizer) if share is None else find_codec(name)
+            if found is None:
+                raise CodecError(
+                    f"no codec of model {name} in {stored_path(name).parent}, and a model split over several processes "
+                    "cannot be calibrated; run `vq_kvcache calibrate MODEL` once and copy the file to every machine."
+                )
+            _codecs[name] = found
+        return _codecs[name]
 
 
 _codecs: dict[str, Codec] = {}  # of the models used in this process, by fingerprint
-
-
-def _codec_in_use(model: Any, tokenizer: Any) -> Codec:
-    name = fingerprint(model)
-    if name not in _codecs:
-        _codecs[name] = codec_for(model, tokenizer)
-    return _codecs[name]
 
 
 def _attachment(model: Any) -> Attachment | None:
@@ -72,12 +109,13 @@ def _attachment(model: Any) -> Attachment | None:
 
 
 def own_caches(model: Any, max_kv_size: int | None = None) -> list[Any]:
-    """The caches that mlx-lm itself gives this model."""
-    make_cache = getattr(type(model), "make_cache", None)  # the class's own: the instance's may be ours
-    if make_cache is not None and max_kv_size is None:
-        return list(make_cache(model))
-    plain = types.SimpleNamespace(layers=model.layers)
-    return list(mlx_lm_cache.make_prompt_cache(plain, max_kv_size))
+    """The caches that mlx-lm itself gives this model; with `max_kv_size`, rotating ones for full-attention layers."""
+    caches = intercept.plain_caches(model)
+    if max_kv_size is None:
+        return caches
+    return intercept.replace_kv(
+        caches, lambda _, own, nested: own if nested else mlx_lm_cache.RotatingKVCache(max_kv_size, keep=4)
+    )
 
 
 def make_prompt_cache(
@@ -111,12 +149,18 @@ def make_prompt_cache(
 
 
 def _spectral_caches(model: Any, plan: Plan, options: CacheOptions) -> list[Any]:
-    def choose(index: int, own: Any) -> Any:
-        if type(own) is not KVCache or not (plan is LOSSLESS or index in plan.layers):
-            return own
-        return SpectralKVCache(plan, index, options.window, options.sinks)
+    packed = intercept.uses(model) if plan is LOSSLESS else plan.layers
 
-    return [choose(i, own) for i, own in enumerate(own_caches(model))]
+    def choose(index: int, own: Any, nested: bool) -> Any:
+        return SpectralKVCache(plan, index, options.window, options.sinks) if index in packed else own
+
+    return intercept.replace_kv(own_caches(model), choose)
+
+
+def spectral_caches(caches: Sequence[Any] | None) -> list[SpectralKVCache]:
+    """Those of a prompt cache that are spectral, members of CacheLists included."""
+    members = [member for cache in caches or [] for member in intercept.members_of(cache)]
+    return [member for member in members if isinstance(member, SpectralKVCache)]
 
 
 # -- one model
@@ -171,13 +215,7 @@ def load(path_or_hf_repo: str, *args: Any, rotations: Any = None, **kwargs: Any)
 def _plan_of(model: Any, rotations: Any, signal_bits: int, noise_bits: int, use_water_filling: bool) -> Plan:
     if not isinstance(rotations, list):
         rotations = load_cached_rotations(rotations)
-    shapes: dict[int, tuple[int, int, int]] = {}
-
-    def see(layer: int, queries: mx.array, keys: mx.array, values: mx.array) -> None:
-        shapes[layer] = keys.shape[1], keys.shape[3], values.shape[3]
-
-    with intercept.dispatching():  # one token tells the number of KV heads, whatever the configuration calls it
-        mx.eval(model(mx.array([[0]]), cache=intercept.observers(model, see)))
+    shapes = {i: (u.heads, u.key_dims, u.value_dims) for i, u in intercept.uses(model).items()}
     plan = plan_of_rotations(
         rotations, {i: s[0] for i, s in shapes.items()}, signal_bits, noise_bits, use_water_filling
     )
@@ -255,20 +293,28 @@ def _choose_cache(
         cache = SpectralKVCache
     given = isinstance(cache, Sequence)
     caches = make_prompt_cache(model, max_kv_size, cache, tokenizer=tokenizer)
+    if draft_model is not None and not given and len(caches) != len(model.layers):
+        raise ValueError(
+            f"the model has {len(caches)} caches for {len(model.layers)} layers, and mlx-lm splits those of a draft "
+            "off by layers; expected as many; use a full-precision cache (--kv-cache full) with --draft-model."
+        )
     # Drafts are short-lived guesses of a small model: their caches stay full precision unless passed in a list.
     return caches if draft_model is None or given else caches + own_caches(draft_model)
 
 
 def _check_fingerprints(model: Any, prompt_cache: list[Any]) -> None:
-    names = {c._fingerprint for c in prompt_cache if isinstance(c, SpectralKVCache)} - {""}
-    if names and names != {own := fingerprint(model)}:
+    names = {c._fingerprint for c in spectral_caches(prompt_cache)} - {""}
+    if not names:
+        return
+    attachment = _attachment(model) or Attachment(None, CacheOptions(), None)
+    if names != {own := attachment.fingerprint(model, Share.of(model))}:
         raise CodecError(
             f"the prompt cache was packed for model {', '.join(sorted(names))}; this model is {own}; make it again."
         )
 
 
 def _refuse_kv_bits(kv_bits: int | None, prompt_cache: list[Any] | None) -> None:
-    if kv_bits is not None and any(isinstance(c, SpectralKVCache) for c in prompt_cache or []):
+    if kv_bits is not None and spectral_caches(prompt_cache):
         raise ValueError(
             f"kv_bits={kv_bits} asks for mlx-lm's own quantized cache; a SpectralKVCache is packed already; drop "
             "kv_bits and set bits_per_value (--kv-avg-bits)."
@@ -312,10 +358,21 @@ def install(cache: CacheOptions | type[SpectralKVCache] = SpectralKVCache) -> In
             load_tokenizer = _module("mlx_lm.utils").load_tokenizer
             return load_tokenizer(path, eos_token_ids=config.get("eos_token_id"))
 
+        def whole() -> Any:
+            call = inspect.signature(original).bind(*args, **kwargs)
+            call.arguments["lazy"] = True
+            return original(*call.args, **call.kwargs)[0]
+
         attach(model, tokenizer, cache=options)
+        model._vq_kvcache = Attachment(tokenizer, options, None, whole)
         return model, config
 
     _replace("mlx_lm.utils", "load_model", load_model)
+    # Commands bind this name when they are imported; a model's make_cache cannot see their --max-kv-size.
+    theirs = mlx_lm_cache.make_prompt_cache
+    for name, module in list(sys.modules.items()):
+        if name.split(".")[0] == "mlx_lm" and vars(module).get("make_prompt_cache") is theirs:
+            _replace(name, "make_prompt_cache", _make_prompt_cache)
     return Installation(owns=True)
 
 
@@ -385,6 +442,10 @@ def _replace(module: str, name: str, wrapper: Callable[..., Any]) -> None:
 def _replace_generation() -> None:
     _replace("mlx_lm.generate", "generate_step", _generate_step)
     _replace("mlx_lm.generate", "speculative_generate_step", _speculative_generate_step)
+
+
+def _make_prompt_cache(original: Callable[..., Any], model: Any, max_kv_size: int | None = None) -> Any:
+    return original(model, max_kv_size) if _attachment(model) is None else make_prompt_cache(model, max_kv_size)
 
 
 def _generate_step(

@@ -147,7 +147,7 @@ def revert(package_dir: Path | None = None, dry_run: bool = False) -> list[Path]
 def main(argv: list[str]) -> int:
     """Run `vq_kvcache patch` and return its exit status."""
     parser = argparse.ArgumentParser(
-        prog="vq_kvcache patch", description="Give the installed mlx_lm.generate command the spectral KV cache."
+        prog="vq_kvcache patch", description="Give the installed mlx_lm.generate, chat and server the spectral cache."
     )
     choice = parser.add_mutually_exclusive_group(required=True)
     choice.add_argument("--apply", action="store_true", help="Patch the installed mlx-lm, keeping a backup")

@@ -42,6 +42,13 @@ class Snapshot:
     layout: Rows
     key_quantizer: Quantizer
     value_quantizer: Quantizer
+    keys_twice: bool = False  # keys serve as values too, and what is stored as values is not attended to
+
+    def of_keys(self) -> "Snapshot":
+        """The same with the keys in place of the values: what multi-head latent attention reads."""
+        return dataclasses.replace(
+            self, exact_values=self.exact_keys, value_quantizer=self.key_quantizer, keys_twice=True
+        )
 
     @property
     def rows(self) -> mx.array:
@@ -61,7 +68,7 @@ class Snapshot:
     def words(self, start: int, end: int) -> tuple[mx.array, mx.array]:
         """Words [B, W, end - start] of keys and values of packed tokens start..end."""
         words, split = words_between(self.packed, start, end), self.key_quantizer.words
-        return words[:, :split], words[:, split:]
+        return words[:, :split], words[:, :split] if self.keys_twice else words[:, split:]
 
     def decoded(self, first: tuple[int, ...] | None = None, total: int | None = None) -> tuple[mx.array, mx.array]:
         """All keys and all values, [B, H, T, D] in the model's dtype and the order of the sequence, as a lazy graph.

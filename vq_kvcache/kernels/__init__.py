@@ -53,7 +53,7 @@ ATTEND = Body(
     ("q", "keys", "values", *CHUNK_NAMES, "rows", "fold", "mean", "table", "levels", "params", "scale", "hidden",
      "added"),
     ("sums", "outputs"),
-    "vq_attend<T, DK, DV, KROWS, VROWS, WARPS>(q, keys, values, VQ_CHUNK_NAMES, rows, fold, mean, table, levels, "
+    "vq_attend<T, DK, DV, KROWS, VROWS, WARPS, STAGE>(q, keys, values, VQ_CHUNK_NAMES, rows, fold, mean, table, levels, "
     "params, scale, hidden, added, sums, outputs, vq_shared, vq_x, vq_y, vq_z, vq_thread);\n",
 )  # fmt: skip
 MERGE = Body(
@@ -73,7 +73,7 @@ DECODE = Body(
     "decode",
     (*CHUNK_NAMES, "table", "levels", "params"),
     ("result",),
-    "(void)vq_shared;\nvq_decode<E>(VQ_CHUNK_NAMES, table, levels, params, result, vq_x, vq_y, vq_z, vq_thread);\n",
+    "(void)vq_shared;\nvq_decode<E>(VQ_CHUNK_NAMES, table, levels, params, result, vq_shared, vq_x, vq_y, vq_z, vq_thread);\n",
 )
 
 

@@ -76,36 +76,47 @@ VQ_FN void vq_attend_exact(VQ_IN(T) q, VQ_IN(T) keys, VQ_IN(T) values, VqRows he
     shared[i] = vq_query<T, DK>(q, params, at, at.row_tile * 16 + i / DK, i % DK) * scale;
   VQ_SYNC_GROUP();
   const int plane = (at.batch * params[VQ_H] + at.head) * capacity;
-  for (int i = thread; i < rows * VQ_TOKENS; i += threads) {
-    const int row = i / VQ_TOKENS, t = i % VQ_TOKENS, e = first + t;
-    float score = VQ_LOWEST;
-    if (t < count) {
-      VQ_IN(T) key = keys + (plane + (e < held.sinks ? e : held.start + e - held.sinks)) * DK;
-      score = 0.0f;
+  for (int i = thread; i < rows * VQ_TOKENS; i += threads) scores[i] = VQ_LOWEST;
+  VQ_SYNC_GROUP();
+  VQ_UNROLL_BY(4)
+  for (int t = at.warp; t < count; t += threads / 32) {  // lanes share a key, so that they read it side by side
+    const int e = first + t, position = e < held.sinks ? e : held.packed + e;
+    VQ_IN(T) key = keys + (plane + (e < held.sinks ? e : held.start + e - held.sinks)) * DK;
+    float own[(DK + 31) / 32];
+    VQ_UNROLL
+    for (int i = 0; i < (DK + 31) / 32; ++i) own[i] = i * 32 + at.lane < DK ? vq_float(key[i * 32 + at.lane]) : 0.0f;
+    VQ_LOOP
+    for (int row = 0; row < rows; ++row) {
+      float score = 0.0f;
       VQ_UNROLL
-      for (int d = 0; d < DK; ++d) score = vq_fma(shared[row * DK + d], vq_float(key[d]), score);
-      const int position = e < held.sinks ? e : held.packed + e;
-      score = vq_masked(score, params, hidden, added, at, at.row_tile * 16 + row, position, held.packed + exact);
+      for (int i = 0; i < (DK + 31) / 32; ++i)
+        if (i * 32 + at.lane < DK) score = vq_fma(shared[row * DK + i * 32 + at.lane], own[i], score);
+      VQ_UNROLL
+      for (uint bit = 16; bit; bit /= 2) score += vq_shuffle_xor(score, bit);
+      if (at.lane == 0)
+        scores[row * VQ_TOKENS + t] =
+            vq_masked(score, params, hidden, added, at, at.row_tile * 16 + row, position, held.packed + exact);
     }
-    scores[i] = score;
   }
   VQ_SYNC_GROUP();
   const int base = vq_partial(params, at);
-  for (int row = thread; row < rows; row += threads) {
-    float top = VQ_LOWEST, sum = 0.0f;
-    for (int t = 0; t < VQ_TOKENS; ++t) top = vq_max(top, scores[row * VQ_TOKENS + t]);
-    for (int t = 0; t < VQ_TOKENS; ++t) {
-      const float weight = vq_weight(scores[row * VQ_TOKENS + t], top);
-      scores[row * VQ_TOKENS + t] = weight;
-      sum += weight;
-    }
-    sums[2 * (base + row)] = top, sums[2 * (base + row) + 1] = sum;
+  for (int row = at.warp; row < rows; row += threads / 32) {
+    VQ_SHARED(float) own = scores + row * VQ_TOKENS + at.lane;
+    float top = vq_max(own[0], own[32]);
+    VQ_UNROLL
+    for (uint bit = 16; bit; bit /= 2) top = vq_max(top, vq_shuffle_xor(top, bit));
+    own[0] = vq_weight(own[0], top), own[32] = vq_weight(own[32], top);
+    float sum = own[0] + own[32];
+    VQ_UNROLL
+    for (uint bit = 16; bit; bit /= 2) sum += vq_shuffle_xor(sum, bit);
+    if (at.lane == 0) sums[2 * (base + row)] = top, sums[2 * (base + row) + 1] = sum;
   }
   VQ_SYNC_GROUP();
   for (int d = thread; d < DV; d += threads) {
     float out[16];
     VQ_UNROLL
     for (int r = 0; r < 16; ++r) out[r] = 0.0f;
+    VQ_UNROLL_BY(8)
     for (int t = 0; t < count; ++t) {
       const int e = first + t, column = e < held.sinks ? e : held.start + e - held.sinks;
       const float value = vq_float(values[(plane + column) * DV + d]);
@@ -129,20 +140,36 @@ VQ_FN void vq_fold(VQ_IN(T) q, VQ_IN(float) fold, VQ_IN(float) mean, VQ_IN(int) 
   for (int i = thread; i < 16 * DK; i += threads)
     plain[i] = i / DK < rows ? vq_query<T, DK>(q, params, at, at.row_tile * 16 + i / DK, i % DK) * scale : 0.0f;
   VQ_SYNC_GROUP();
-  for (int n = thread; n < DK; n += threads) {
-    VQ_IN(float) basis = fold + (at.head * fold_rows + n) * DK;
-    for (int first = 0; first < 16; first += 4) {
+  VQ_LOOP
+  for (int first = 0; first < 16; first += 4) {
+    const int parts = (DK + 31) / 32;
+    float own[4][parts];  // lanes share a coordinate, so that they read its basis vector side by side
+    VQ_UNROLL
+    for (int r = 0; r < 4; ++r) {
+      VQ_UNROLL
+      for (int i = 0; i < parts; ++i)
+        own[r][i] = i * 32 + at.lane < DK ? plain[(first + r) * DK + i * 32 + at.lane] : 0.0f;
+    }
+    VQ_UNROLL_BY(4)
+    for (int n = at.warp; n < DK; n += threads / 32) {
       float x[4] = {0.0f, 0.0f, 0.0f, 0.0f};
       if (first < rows && n < stored) {
+        VQ_IN(float) basis = fold + (at.head * fold_rows + n) * DK;
         VQ_UNROLL
-        for (int d = 0; d < DK; ++d) {
-          const float y = basis[d];
+        for (int i = 0; i < parts; ++i) {
+          const float y = i * 32 + at.lane < DK ? basis[i * 32 + at.lane] : 0.0f;
           VQ_UNROLL
-          for (int r = 0; r < 4; ++r) x[r] = vq_fma(plain[(first + r) * DK + d], y, x[r]);
+          for (int r = 0; r < 4; ++r) x[r] = vq_fma(own[r][i], y, x[r]);
+        }
+        VQ_UNROLL
+        for (uint bit = 16; bit; bit /= 2) {
+          VQ_UNROLL
+          for (int r = 0; r < 4; ++r) x[r] += vq_shuffle_xor(x[r], bit);
         }
       }
       VQ_UNROLL
-      for (int r = 0; r < 4; ++r) vq_set(folded[(first + r) * (DK + VQ_PAD) + n], x[r]);
+      for (int r = 0; r < 4; ++r)
+        if (at.lane == r) vq_set(folded[(first + r) * (DK + VQ_PAD) + n], x[r]);
     }
   }
   for (int row = at.warp; row < 16; row += threads / 32) {
@@ -244,63 +271,128 @@ VQ_FN void vq_gather(VQ_THREAD VqRunning<DV>& running, VQ_SHARED(float) constant
   }
 }
 
-// Packed tokens. shared: constant [16], folded queries [16, DK + VQ_PAD], then for each warp scratch and a tile. KROWS,
-// VROWS: dims of keys and of values that a tile holds at once.
-template <typename T, typename E, int DK, int DV, int KROWS, int VROWS, int WARPS>
+// The weighted sums of one pass: `pass` must be a constant where it picks registers.
+template <int DV, int VROWS, typename E>
+VQ_FN void vq_add_values(VQ_THREAD float (&output)[DV / 8][4], int pass, VQ_THREAD const float (&s)[8][4],
+                         VQ_SHARED(const E) tile, VQ_SHARED(float) scratch, int lane) {
+  VQ_UNROLL
+  for (int p = 0; p < DV / VROWS; ++p)
+    if (p == pass) vq_accumulate<VROWS>(output, p * VROWS / 8, s, tile, scratch, lane);
+}
+
+// Where things lie in shared memory, in floats: constants of the rows, chunks, two books, folded queries, and then for
+// each warp staged words, scratch and a tile.
+template <typename E, int DK, int ROWS, int STAGE>
+struct VqSpace {
+  enum {
+    chunks = 16, books = 32, folded = books + 2 * VQ_BOOK, warps = folded + 16 * (DK + VQ_PAD) * (int)sizeof(E) / 4,
+    tile = STAGE * VQ_TOKENS + VQ_SCRATCH(E), warp = tile + ROWS * VQ_STRIDE * (int)sizeof(E) / 4,
+  };
+};
+
+// Packed tokens. KROWS, VROWS: dims of keys and of values that a tile holds at once. STAGE: words of keys and values of
+// a head that a warp fetches ahead; 0 for none.
+template <typename T, typename E, int DK, int DV, int KROWS, int VROWS, int WARPS, int STAGE>
 VQ_FN void vq_attend_packed(VQ_IN(T) q, VQ_CHUNK_ARGUMENTS, VqRows held, VQ_IN(float) fold, VQ_IN(float) mean,
                             VQ_IN(int) table, VQ_IN(float) levels, VQ_IN(int) params, float scale,
                             VQ_IN(unsigned char) hidden, VQ_IN(float) added, VQ_OUT(float) sums,
                             VQ_OUT(float) outputs, VQ_SHARED(float) shared, VQ_THREAD const VqPlace& at) {
+  typedef VqSpace<E, DK, (KROWS > VROWS ? KROWS : VROWS), STAGE> Space;
   VQ_SHARED(float) constant = shared;
-  VQ_SHARED(E) folded = (VQ_SHARED(E))(shared + 16);
-  const int rows = KROWS > VROWS ? KROWS : VROWS;
-  VQ_SHARED(float) scratch = shared + 16 + 16 * (DK + VQ_PAD) * (int)sizeof(E) / 4 +
-                             at.warp * (rows * VQ_STRIDE * (int)sizeof(E) / 4 + VQ_SCRATCH(E));
-  VQ_SHARED(E) tile = (VQ_SHARED(E))(scratch + VQ_SCRATCH(E));
-  const int key_entry = VQ_HEAD_TABLE + at.head * VQ_HEAD_INTS, heads = params[VQ_H];
-  const int value_entry = VQ_HEAD_TABLE + (heads + at.head) * VQ_HEAD_INTS;
-  const int total_words = table[VQ_TOTAL_WORDS];
-  vq_fold<T, E, DK>(q, fold, mean, params, scale, table[key_entry + 2], table[VQ_KEY_ROWS],
-                    shared + 16 + 16 * (DK + VQ_PAD) * (int)sizeof(E) / 4, folded, constant, at, WARPS * 32);
-  for (int i = at.lane; i < rows * VQ_STRIDE; i += 32) vq_set(tile[i], 0.0f);  // what is never written must not be NaN
+  VQ_SHARED(int) chunks = (VQ_SHARED(int))(shared + Space::chunks);
+  VQ_SHARED(E) folded = (VQ_SHARED(E))(shared + Space::folded);
+  VQ_SHARED(float) own = shared + Space::warps + at.warp * Space::warp;
+  VQ_SHARED(float) scratch = own + STAGE * VQ_TOKENS;
+  VQ_SHARED(E) tile = (VQ_SHARED(E))(own + Space::tile);
+  const int thread = at.warp * 32 + at.lane;
+  const int entries[2] = {VQ_HEAD_TABLE + at.head * VQ_HEAD_INTS,
+                          VQ_HEAD_TABLE + (params[VQ_H] + at.head) * VQ_HEAD_INTS};
+  if (thread < 16) chunks[thread] = thread < 2 * params[VQ_CHUNKS] ? params[VQ_CHUNK_TABLE + thread] : 0;
+  const VqBook key_book = vq_open(table, entries[0], levels, shared + Space::books, thread, WARPS * 32);
+  const VqBook value_book = vq_open(table, entries[1], levels, shared + Space::books + VQ_BOOK, thread, WARPS * 32);
+  const int first_word[2] = {table[entries[0] + 3], table[entries[1] + 3]};
+  const int words[2] = {table[entries[0] + 4], table[entries[1] + 4]};
+  const int total_words = table[VQ_TOTAL_WORDS], count = params[VQ_CHUNKS];
+  vq_fold<T, E, DK>(q, fold, mean, params, scale, table[entries[0] + 2], table[VQ_KEY_ROWS], shared + Space::warps,
+                    folded, constant, at, WARPS * 32);
+  // What is never written must not be NaN.
+  for (int i = at.lane; i < (KROWS > VROWS ? KROWS : VROWS) * VQ_STRIDE; i += 32) vq_set(tile[i], 0.0f);
   VQ_SYNC_GROUP();
   VqRunning<DV> running;
   VQ_UNROLL
   for (int half = 0; half < 2; ++half) running.top[half] = VQ_LOWEST, running.sum[half] = 0.0f;
   VQ_UNROLL
-  for (int n = 0; n < DV / 8; ++n) running.output[n][0] = running.output[n][1] = running.output[n][2] = running.output[n][3] = 0.0f;
+  for (int n = 0; n < DV / 8; ++n) {
+    VQ_UNROLL
+    for (int i = 0; i < 4; ++i) running.output[n][i] = 0.0f;
+  }
   const int first_tile = (at.split - params[VQ_EXACT_SPLITS]) * params[VQ_TILES_PER_SPLIT];
   int last_tile = first_tile + params[VQ_TILES_PER_SPLIT];
   if (last_tile > params[VQ_TILES]) last_tile = params[VQ_TILES];
-  for (int i = first_tile + at.warp; i < last_tile; i += WARPS) {
-    const VqTile t =
-        vq_find_tile(params + VQ_CHUNK_TABLE, params[VQ_CHUNKS], VQ_CHUNK_NAMES, i, held.packed, total_words, at.batch);
-    if (t.valid <= 0) continue;
-    VQ_IN(uint) words = t.words + 2 * at.lane;
-    const bool loads = t.token + 2 * at.lane < t.capacity;
+  VqTile t, next;
+  int i = first_tile + at.warp;
+  if (i < last_tile) t = vq_find_tile(chunks, count, VQ_CHUNK_NAMES, i, held.packed, total_words, at.batch);
+#if VQ_STAGED
+  VQ_SHARED(uint) staged = (VQ_SHARED(uint))own;
+  if (i < last_tile) {
+    for (int part = 0; part < 2; ++part)
+      vq_stage(staged + part * words[0] * VQ_TOKENS, t.words + (size_t)first_word[part] * t.capacity, t.capacity,
+               t.capacity - t.token, words[part], at.lane);
+  }
+#endif
+  VQ_LOOP
+  for (; i < last_tile; i += WARPS, t = next) {
+    const bool more = i + WARPS < last_tile;
+    if (more) next = vq_find_tile(chunks, count, VQ_CHUNK_NAMES, i + WARPS, held.packed, total_words, at.batch);
     float s[8][4];
     VQ_UNROLL
     for (int n = 0; n < 8; ++n) s[n][0] = s[n][1] = s[n][2] = s[n][3] = 0.0f;
-    VQ_UNROLL
-    for (int first = 0; first < DK; first += KROWS) {
-      const VqTarget<VQ_SHARED(E), sizeof(E) == 4, DK / KROWS> to = {tile + 2 * at.lane, VQ_STRIDE, first, KROWS};
-      vq_decode_tile(table, key_entry, words, t.capacity, loads, levels, to);
+    VQ_LOOP
+    for (int part = 0; part < 2; ++part) {  // keys, then values: a loop, so that the decoder is in the program once
+      const VqBook book = part ? value_book : key_book;
+      const int rows = part ? VROWS : KROWS, passes = part ? DV / VROWS : DK / KROWS;
+#if VQ_STAGED
+      VQ_SHARED(const uint) source = staged + (part ? words[0] * VQ_TOKENS : 0) + 2 * at.lane;
+      const int stride = VQ_TOKENS;
+      const bool loads = true;
+      vq_stage_wait();
       VQ_SYNC_WARP();
-      vq_scores<KROWS>(s, folded + first, DK + VQ_PAD, tile, at.lane);
-      VQ_SYNC_WARP();
-    }
-    vq_hide(s, t, held, params, hidden, added, at);
-    vq_soften<DV>(s, running);
-    VQ_UNROLL
-    for (int first = 0; first < DV; first += VROWS) {
-      const VqTarget<VQ_SHARED(E), sizeof(E) == 4, DV / VROWS> to = {tile + 2 * at.lane, VQ_STRIDE, first, VROWS};
-      vq_decode_tile(table, value_entry, words, t.capacity, loads, levels, to);
-      VQ_SYNC_WARP();
-      vq_accumulate<VROWS>(running.output, first / 8, s, tile, scratch, at.lane);
-      VQ_SYNC_WARP();
+#else
+      VQ_IN(uint) source = t.words + (size_t)first_word[part] * t.capacity + 2 * at.lane;
+      const int stride = t.capacity;
+      const bool loads = t.token + 2 * at.lane < t.capacity;
+#endif
+      VQ_LOOP
+      for (int pass = 0; pass < passes; ++pass) {
+        const VqTarget<VQ_SHARED(E), sizeof(E) == 4, (DK > KROWS || DV > VROWS) ? 2 : 1> to = {
+            tile + 2 * at.lane, VQ_STRIDE, pass * rows, rows};
+        vq_decode_tile(book, source, stride, loads, to);
+        VQ_SYNC_WARP();
+#if VQ_STAGED
+        // The staged words of this part are used up: fetch those of the next tile while the products run.
+        if (pass == passes - 1) {
+          if (more)
+            vq_stage(staged + (part ? words[0] * VQ_TOKENS : 0),
+                     next.words + (size_t)first_word[part] * next.capacity, next.capacity,
+                     next.capacity - next.token, words[part], at.lane);
+          else
+            vq_stage_nothing();
+        }
+#endif
+        if (part == 0) {
+          vq_scores<KROWS>(s, folded + pass * KROWS, DK + VQ_PAD, tile, at.lane);
+        } else {
+          vq_add_values<DV, VROWS>(running.output, pass, s, tile, scratch, at.lane);
+        }
+        VQ_SYNC_WARP();
+      }
+      if (part == 0) {
+        vq_hide(s, t, held, params, hidden, added, at);
+        vq_soften<DV>(s, running);
+      }
     }
   }
-  vq_gather<DV>(running, constant, params, sums, outputs, shared + 16, at, WARPS);
+  vq_gather<DV>(running, constant, params, sums, outputs, shared + Space::folded, at, WARPS);
 }
 
 template <typename T>
@@ -313,7 +405,7 @@ struct VqElement<float> {
 };
 
 // One thread group: x the split, y head and batch row, z sixteen queries of a group of query heads.
-template <typename T, int DK, int DV, int KROWS, int VROWS, int WARPS>
+template <typename T, int DK, int DV, int KROWS, int VROWS, int WARPS, int STAGE>
 VQ_FN void vq_attend(VQ_IN(T) q, VQ_IN(T) keys, VQ_IN(T) values, VQ_CHUNK_ARGUMENTS, VQ_IN(int) rows,
                      VQ_IN(float) fold, VQ_IN(float) mean, VQ_IN(int) table, VQ_IN(float) levels, VQ_IN(int) params,
                      VQ_IN(float) scale, VQ_IN(unsigned char) hidden, VQ_IN(float) added, VQ_OUT(float) sums,
@@ -325,7 +417,7 @@ VQ_FN void vq_attend(VQ_IN(T) q, VQ_IN(T) keys, VQ_IN(T) values, VQ_CHUNK_ARGUME
     vq_attend_exact<T, DK, DV>(q, keys, values, held, params, scale[0], hidden, added, sums, outputs, shared, at,
                                WARPS * 32);
   } else {
-    vq_attend_packed<T, typename VqElement<T>::type, DK, DV, KROWS, VROWS, WARPS>(
+    vq_attend_packed<T, typename VqElement<T>::type, DK, DV, KROWS, VROWS, WARPS, STAGE>(
         q, VQ_CHUNK_NAMES, held, fold, mean, table, levels, params, scale[0], hidden, added, sums, outputs, shared, at);
   }
 }

@@ -7,7 +7,11 @@
 #define VQ_OUT(T) T* __restrict__
 #define VQ_SHARED(T) T*
 #define VQ_THREAD
+#define VQ_DEVICE(T) T*
 #define VQ_UNROLL _Pragma("unroll")
+#define VQ_UNROLL_BY(n) _Pragma(VQ_TEXT(unroll n))
+#define VQ_TEXT(x) #x
+#define VQ_LOOP _Pragma("unroll 1")
 #define VQ_SYNC_GROUP() __syncthreads()
 #define VQ_SYNC_WARP() __syncwarp()
 // Rows of a tile and of the folded queries are so far apart that eight of them lie in different memory banks.
@@ -48,10 +52,26 @@ VQ_FN vq_half2 vq_sub(vq_half2 a, vq_half2 b) { return __hsub2(a, b); }
 
 // Bytes `byte` and `byte` + 1 of a, and of b above them.
 VQ_FN uint vq_pair(uint a, uint b, int byte) { return __byte_perm(a, b, 0x5410 + byte * 0x1111); }
-VQ_FN void vq_load2(VQ_IN(uint) from, uint& a, uint& b) {
+VQ_FN void vq_load2(const uint* from, uint& a, uint& b) {
   const uint2 x = *reinterpret_cast<const uint2*>(from);
   a = x.x, b = x.y;
 }
+
+// Words of a tile, fetched ahead: `words` rows of 64 tokens; `left` tokens exist, a multiple of four. Each call is one
+// group of copies; vq_stage_wait leaves the newest group under way.
+#define VQ_STAGED 1
+VQ_FN void vq_stage(uint* to, const uint* from, int capacity, int left, int words, int lane) {
+  for (int i = lane; i < words * (VQ_TOKENS / 4); i += 32) {
+    const int word = i / (VQ_TOKENS / 4), token = i % (VQ_TOKENS / 4) * 4;
+    if (token < left)
+      asm volatile("cp.async.cg.shared.global [%0], [%1], 16;"
+                   :: "r"(static_cast<uint>(__cvta_generic_to_shared(to + word * VQ_TOKENS + token))),
+                      "l"(from + (size_t)word * capacity + token));
+  }
+  asm volatile("cp.async.commit_group;");
+}
+VQ_FN void vq_stage_nothing() { asm volatile("cp.async.commit_group;"); }
+VQ_FN void vq_stage_wait() { asm volatile("cp.async.wait_group 1;" ::: "memory"); }
 
 VQ_FN uint vq_address(const void* p) { return static_cast<uint>(__cvta_generic_to_shared(p)); }
 VQ_FN void vq_ldmatrix(uint (&r)[4], const vq_half* p) {

@@ -4,9 +4,12 @@
 enum {
   VQ_TOTAL_WORDS = 1, VQ_KEY_ROWS = 2, VQ_VALUE_ROWS = 3,  // in a layer's table: W, rows of `fold`, rows of `unfold`
   VQ_HEAD_TABLE = 16,  // where its heads begin: of keys, then of values
-  VQ_HEAD_INTS = 4,    // first piece, pieces, stored coordinates, first word
+  VQ_HEAD_INTS = 6,    // first piece, pieces, stored coordinates, first word, words, 0
   VQ_PIECE_INTS = 8,
   VQ_COEFFICIENTS = 8,  // floats kept for each polynomial
+  VQ_LEVELS = 2 * 9 * VQ_COEFFICIENTS,
+  VQ_MOST_PIECES = 32,  // of a head's keys, or values
+  VQ_BOOK = VQ_LEVELS + VQ_MOST_PIECES * VQ_PIECE_INTS,  // 32-bit words of VqBook's memory
 };
 
 // A run of codes of one width in each of `words` words: a segment of packing.py.
@@ -14,10 +17,26 @@ struct VqPiece {
   int width, ring, shift, slots, words, first_word, first;
 };
 
-VQ_FN VqPiece vq_piece(VQ_IN(int) table, int at) {
+// The polynomials and a head's pieces, copied to shared memory: tiles ask for them again and again.
+struct VqBook {
+  VQ_SHARED(const float) levels;
+  VQ_SHARED(const int) pieces;
+  int count;
+};
+
+VQ_FN VqBook vq_open(VQ_IN(int) table, int entry, VQ_IN(float) levels, VQ_SHARED(float) space, int thread,
+                     int threads) {
+  const int first = table[entry], count = table[entry + 1];
+  VQ_SHARED(int) pieces = (VQ_SHARED(int))(space + VQ_LEVELS);
+  for (int i = thread; i < VQ_LEVELS; i += threads) space[i] = levels[i];
+  for (int i = thread; i < count * VQ_PIECE_INTS; i += threads) pieces[i] = table[first + i];
+  const VqBook book = {space, pieces, count};
+  return book;
+}
+
+VQ_FN VqPiece vq_piece(VQ_SHARED(const int) at) {
   VqPiece p;
-  p.width = table[at], p.ring = table[at + 1], p.shift = table[at + 2], p.slots = table[at + 3];
-  p.words = table[at + 4], p.first_word = table[at + 5], p.first = table[at + 6];
+  p.width = at[0], p.ring = at[1], p.shift = at[2], p.slots = at[3], p.words = at[4], p.first_word = at[5], p.first = at[6];
   return p;
 }
 
@@ -45,8 +64,8 @@ VQ_FN void vq_turn(uint x, int slots, uint& even, uint& odd) {
 }
 
 // Level of t: c0 t + c1 t^3 + ..., N terms.
-template <int N>
-VQ_FN float vq_polynomial(float t, VQ_IN(float) c) {
+template <int N, typename C>
+VQ_FN float vq_polynomial(float t, C c) {
   const float square = t * t;
   float r = c[N - 1];
   VQ_UNROLL
@@ -87,8 +106,8 @@ struct VqTerms {
 VQ_FN void vq_put(VQ_SHARED(vq_half) at, vq_half2 pair) { *(VQ_SHARED(vq_half2))at = pair; }
 VQ_FN void vq_put(VQ_SHARED(float) at, float a, float b) { at[0] = a, at[1] = b; }
 #ifdef VQ_SEPARATE_SPACES
-VQ_FN void vq_put(VQ_OUT(vq_half) at, vq_half2 pair) { *(VQ_OUT(vq_half2))at = pair; }
-VQ_FN void vq_put(VQ_OUT(float) at, float a, float b) { at[0] = a, at[1] = b; }
+VQ_FN void vq_put(VQ_DEVICE(vq_half) at, vq_half2 pair) { *(VQ_DEVICE(vq_half2))at = pair; }
+VQ_FN void vq_put(VQ_DEVICE(float) at, float a, float b) { at[0] = a, at[1] = b; }
 #endif
 
 // A tile [dims, tokens] that levels are written to: rows first .. first + rows - 1, or all when PASSES is 1.
@@ -98,104 +117,113 @@ struct VqTarget {
   int stride, first, rows;
 };
 
-// One word of each of two neighbouring tokens -> their levels, to rows row, row + step, ...
-template <int W, bool RING, bool FULL, typename P, int PASSES>
-VQ_FN void vq_word(uint a, uint b, int slots, VQ_IN(float) c, VQ_THREAD const vq_half2* h,
-                   VQ_THREAD const VqTarget<P, false, PASSES>& to, int row, int step) {
-  uint ea = a, eb = b, oa = a, ob = b;
-  if (RING) vq_turn<W>(a, slots, ea, oa), vq_turn<W>(b, slots, eb, ob);
-  P at = to.at + (row - to.first) * to.stride;
-  VQ_UNROLL
-  for (int s = 0; s < 32 / W; ++s) {
-    if (!FULL && s >= slots) break;
-    const bool odd = RING && s % 2;
-    if (PASSES == 1 || (row >= to.first && row < to.first + to.rows)) {
-      const vq_half2 t = vq_centred(odd ? oa : ea, odd ? ob : eb, RING ? W + 1 : W, s * W - odd);
-      if (W < 5 || RING) {
-        vq_put(at, vq_polynomial<VqTerms<W, RING>::count>(t, h));
-      } else {  // the long polynomials of wide codes cancel too much for half precision
-        vq_put(at, vq_pack(vq_polynomial<VqTerms<W, RING>::count>(vq_low(t), c),
-                           vq_polynomial<VqTerms<W, RING>::count>(vq_high(t), c)));
-      }
-    }
-    at += step * to.stride;
-    if (PASSES > 1) row += step;
+// Levels of one code of each of two tokens, at bit `pos` of a and b. h: the polynomial in half precision.
+template <int W, bool RING, typename P, int PASSES>
+VQ_FN void vq_level_pair(uint a, uint b, int pos, VQ_SHARED(const float) c, VQ_THREAD const vq_half2* h,
+                         VQ_THREAD const VqTarget<P, false, PASSES>&, P at) {
+  const vq_half2 t = vq_centred(a, b, RING ? W + 1 : W, pos);
+  if (W < 5 || RING) {
+    vq_put(at, vq_polynomial<VqTerms<W, RING>::count>(t, h));
+  } else {  // the long polynomials of wide codes cancel too much for half precision
+    vq_put(at, vq_pack(vq_polynomial<VqTerms<W, RING>::count>(vq_low(t), c),
+                       vq_polynomial<VqTerms<W, RING>::count>(vq_high(t), c)));
   }
 }
-template <int W, bool RING, bool FULL, typename P, int PASSES>
-VQ_FN void vq_word(uint a, uint b, int slots, VQ_IN(float) c, VQ_THREAD const vq_half2*,
-                   VQ_THREAD const VqTarget<P, true, PASSES>& to, int row, int step) {
-  uint ea = a, eb = b, oa = a, ob = b;
+template <int W, bool RING, typename P, int PASSES>
+VQ_FN void vq_level_pair(uint a, uint b, int pos, VQ_SHARED(const float) c, VQ_THREAD const vq_half2*,
+                         VQ_THREAD const VqTarget<P, true, PASSES>&, P at) {
+  const int bits = RING ? W + 1 : W;
+  const uint mask = (1u << bits) - 1u;
+  const float scale = 2.0f / (1 << bits), offset = scale / 2 - 1.0f;
+  vq_put(at, vq_polynomial<VqTerms<W, RING>::count>(vq_fma((float)(a >> pos & mask), scale, offset), c),
+         vq_polynomial<VqTerms<W, RING>::count>(vq_fma((float)(b >> pos & mask), scale, offset), c));
+}
+
+// One word of each of two neighbouring tokens -> their levels, to rows row, row + step, ... FULL: as many slots as the
+// word holds, so all positions are constants; else a short loop, which keeps the program small.
+template <int W, bool RING, bool FULL, typename P, bool WIDE, int PASSES>
+VQ_FN void vq_word(uint a, uint b, int slots, VQ_SHARED(const float) c, VQ_THREAD const vq_half2* h,
+                   VQ_THREAD const VqTarget<P, WIDE, PASSES>& to, int row, int step) {
+  uint ea = a, eb = b, oa = a >> W, ob = b >> W;
   if (RING) vq_turn<W>(a, slots, ea, oa), vq_turn<W>(b, slots, eb, ob);
+  const int odd = RING ? W - 1 : 0;  // where odd codes begin
   P at = to.at + (row - to.first) * to.stride;
-  VQ_UNROLL
-  for (int s = 0; s < 32 / W; ++s) {
-    if (!FULL && s >= slots) break;
-    const bool odd = RING && s % 2;
-    const int bits = RING ? W + 1 : W;
-    const uint mask = (1u << bits) - 1u;
-    const float scale = 2.0f / (1 << bits), offset = scale / 2 - 1.0f;
-    if (PASSES == 1 || (row >= to.first && row < to.first + to.rows)) {
-      const uint i = (odd ? oa : ea) >> (s * W - odd) & mask, j = (odd ? ob : eb) >> (s * W - odd) & mask;
-      vq_put(at, vq_polynomial<VqTerms<W, RING>::count>(vq_fma((float)i, scale, offset), c),
-             vq_polynomial<VqTerms<W, RING>::count>(vq_fma((float)j, scale, offset), c));
+  const int next = step * to.stride;
+  if (FULL) {
+    VQ_UNROLL
+    for (int s = 0; s < 32 / W; ++s) {
+      if (PASSES == 1 || (row >= to.first && row < to.first + to.rows))
+        vq_level_pair<W, RING>(s % 2 ? oa : ea, s % 2 ? ob : eb, s / 2 * 2 * W + (s % 2 ? odd : 0), c, h, to, at);
+      at += next;
+      if (PASSES > 1) row += step;
     }
-    at += step * to.stride;
-    if (PASSES > 1) row += step;
+  } else {
+    VQ_LOOP
+    for (int s = 0; s < slots; s += 2) {
+      if (PASSES == 1 || (row >= to.first && row < to.first + to.rows))
+        vq_level_pair<W, RING>(ea, eb, 0, c, h, to, at);
+      if (s + 1 < slots && (PASSES == 1 || (row + step >= to.first && row + step < to.first + to.rows)))
+        vq_level_pair<W, RING>(oa, ob, odd, c, h, to, at + next);
+      ea = ea >> 2 * W, eb = eb >> 2 * W, oa = oa >> 2 * W, ob = ob >> 2 * W;
+      at += 2 * next;
+      if (PASSES > 1) row += 2 * step;
+    }
   }
 }
 
-// The words of a piece, of this lane's two tokens (the first is even, so that both are one load). words: [W, capacity],
-// from the first token on. `held`: whether they exist.
-template <int W, bool RING, bool FULL, typename P, bool WIDE, int PASSES>
-VQ_FN void vq_decode_words(VQ_THREAD const VqPiece& p, VQ_IN(uint) words, int capacity, bool held, VQ_IN(float) levels,
+// The words of a piece, of this lane's two tokens (the first is even, so that both are one load). words: rows of
+// `stride`, from the first token on. `held`: whether they exist.
+template <int W, bool RING, bool FULL, typename Q, typename P, bool WIDE, int PASSES>
+VQ_FN void vq_decode_words(VQ_THREAD const VqPiece& p, Q words, int stride, bool held, VQ_SHARED(const float) levels,
                            VQ_THREAD const VqTarget<P, WIDE, PASSES>& to) {
-  VQ_IN(float) c = levels + ((RING ? 9 : 0) + W) * VQ_COEFFICIENTS;
+  VQ_SHARED(const float) c = levels + ((RING ? 9 : 0) + W) * VQ_COEFFICIENTS;
   vq_half2 h[3];
   VQ_UNROLL
   for (int i = 0; i < 3; ++i) h[i] = vq_splat(c[i]);
-  words += p.first_word * capacity;
+  words += p.first_word * stride;
   uint a = 0, b = 0, next_a = 0, next_b = 0;
   if (held) vq_load2(words, a, b);
+  VQ_LOOP
   for (int w = 0; w < p.words; ++w) {
-    words += capacity;
+    words += stride;
     if (held && w + 1 < p.words) vq_load2(words, next_a, next_b);
     vq_word<W, RING, FULL>(a >> p.shift, b >> p.shift, p.slots, c, h, to, p.first + w, p.words);
     a = next_a, b = next_b;
   }
 }
 
-template <int W, bool RING, typename P, bool WIDE, int PASSES>
-VQ_FN void vq_decode_width(VQ_THREAD const VqPiece& p, VQ_IN(uint) words, int capacity, bool held,
-                           VQ_IN(float) levels, VQ_THREAD const VqTarget<P, WIDE, PASSES>& to) {
-  if (RING && p.slots == 32 / W) {
-    vq_decode_words<W, RING, true>(p, words, capacity, held, levels, to);
+template <int W, typename Q, typename P, bool WIDE, int PASSES>
+VQ_FN void vq_decode_rings(VQ_THREAD const VqPiece& p, Q words, int stride, bool held,
+                           VQ_SHARED(const float) levels, VQ_THREAD const VqTarget<P, WIDE, PASSES>& to) {
+  if (p.slots == 32 / W) {
+    vq_decode_words<W, true, true>(p, words, stride, held, levels, to);
   } else {
-    vq_decode_words<W, RING, false>(p, words, capacity, held, levels, to);
+    vq_decode_words<W, true, false>(p, words, stride, held, levels, to);
   }
 }
 
-// All pieces of one head into a tile.
-template <typename P, bool WIDE, int PASSES>
-VQ_FN void vq_decode_tile(VQ_IN(int) table, int head_entry, VQ_IN(uint) words, int capacity, bool held,
-                          VQ_IN(float) levels, VqTarget<P, WIDE, PASSES> to) {
-  const int first = table[head_entry], count = table[head_entry + 1];
-  for (int i = 0; i < count; ++i) {
-    const VqPiece p = vq_piece(table, first + i * VQ_PIECE_INTS);
+// All pieces of a head into a tile. words: of this batch row, from its first word and this lane's first token on.
+template <typename Q, typename P, bool WIDE, int PASSES>
+VQ_FN void vq_decode_tile(VQ_THREAD const VqBook& book, Q words, int stride, bool held,
+                          VqTarget<P, WIDE, PASSES> to) {
+  VQ_SHARED(const float) levels = book.levels;
+  VQ_LOOP
+  for (int i = 0; i < book.count; ++i) {
+    const VqPiece p = vq_piece(book.pieces + i * VQ_PIECE_INTS);
     switch (p.width + (p.ring ? 16 : 0)) {
-      case 1: vq_decode_width<1, false>(p, words, capacity, held, levels, to); break;
-      case 2: vq_decode_width<2, false>(p, words, capacity, held, levels, to); break;
-      case 3: vq_decode_width<3, false>(p, words, capacity, held, levels, to); break;
-      case 4: vq_decode_width<4, false>(p, words, capacity, held, levels, to); break;
-      case 5: vq_decode_width<5, false>(p, words, capacity, held, levels, to); break;
-      case 6: vq_decode_width<6, false>(p, words, capacity, held, levels, to); break;
-      case 7: vq_decode_width<7, false>(p, words, capacity, held, levels, to); break;
-      case 8: vq_decode_width<8, false>(p, words, capacity, held, levels, to); break;
-      case 17: vq_decode_width<1, true>(p, words, capacity, held, levels, to); break;
-      case 18: vq_decode_width<2, true>(p, words, capacity, held, levels, to); break;
-      case 19: vq_decode_width<3, true>(p, words, capacity, held, levels, to); break;
-      case 20: vq_decode_width<4, true>(p, words, capacity, held, levels, to); break;
-      case 21: vq_decode_width<5, true>(p, words, capacity, held, levels, to); break;
+      case 1: vq_decode_words<1, false, false>(p, words, stride, held, levels, to); break;
+      case 2: vq_decode_words<2, false, false>(p, words, stride, held, levels, to); break;
+      case 3: vq_decode_words<3, false, false>(p, words, stride, held, levels, to); break;
+      case 4: vq_decode_words<4, false, false>(p, words, stride, held, levels, to); break;
+      case 5: vq_decode_words<5, false, false>(p, words, stride, held, levels, to); break;
+      case 6: vq_decode_words<6, false, false>(p, words, stride, held, levels, to); break;
+      case 7: vq_decode_words<7, false, false>(p, words, stride, held, levels, to); break;
+      case 8: vq_decode_words<8, false, false>(p, words, stride, held, levels, to); break;
+      case 17: vq_decode_rings<1>(p, words, stride, held, levels, to); break;
+      case 18: vq_decode_rings<2>(p, words, stride, held, levels, to); break;
+      case 19: vq_decode_rings<3>(p, words, stride, held, levels, to); break;
+      case 20: vq_decode_rings<4>(p, words, stride, held, levels, to); break;
+      case 21: vq_decode_rings<5>(p, words, stride, held, levels, to); break;
     }
   }
 }
@@ -212,7 +240,7 @@ struct VqTile {
 };
 
 // `chunks`: tokens and capacity of each chunk. total_words: of keys and values of all heads.
-VQ_FN VqTile vq_find_tile(VQ_IN(int) chunks, int count, VQ_CHUNK_ARGUMENTS, int tile, int packed, int total_words,
+VQ_FN VqTile vq_find_tile(VQ_SHARED(const int) chunks, int count, VQ_CHUNK_ARGUMENTS, int tile, int packed, int total_words,
                           int batch) {
   VqTile t;
   int chunk = 0, first = 0;

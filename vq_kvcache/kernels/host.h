@@ -14,7 +14,11 @@
 #define VQ_OUT(T) T*
 #define VQ_SHARED(T) T*
 #define VQ_THREAD
+#define VQ_DEVICE(T) T*
 #define VQ_UNROLL
+#define VQ_UNROLL_BY(n)
+#define VQ_LOOP
+#define VQ_STAGED 1
 #define VQ_SYNC_GROUP() VqFibers::current->wait(false)
 #define VQ_SYNC_WARP() VqFibers::current->wait(true)
 enum { VQ_TOKENS = 64, VQ_STRIDE = 72, VQ_PAD = 8 };
@@ -147,5 +151,12 @@ class VqFibers {
   ucontext_t home_;
   int lane_ = 0;
 };
+
+VQ_FN void vq_stage(uint* to, const uint* from, int capacity, int left, int words, int lane) {
+  for (int i = lane; i < words * VQ_TOKENS; i += 32)
+    if (i % VQ_TOKENS < left) to[i] = from[(size_t)(i / VQ_TOKENS) * capacity + i % VQ_TOKENS];
+}
+VQ_FN void vq_stage_nothing() {}
+VQ_FN void vq_stage_wait() {}
 
 VQ_FN float vq_shuffle_xor(float x, uint bit) { return VqFibers::current->shuffle_xor(x, bit); }

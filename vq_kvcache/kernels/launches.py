@@ -24,6 +24,11 @@ METAL_SHARED_BYTES = 32768
 MERGE_THREADS = 128
 ENCODE_THREADS = 128
 _COEFFICIENTS = 8
+HEAD_INTS = 6
+MOST_PIECES = 32  # of a head
+BOOK_BYTES = 4 * (2 * 9 * _COEFFICIENTS + 8 * MOST_PIECES)
+MOST_SPLITS = 1024
+STAGES = (24, 48, 96)  # words of a head that a warp fetches ahead
 
 
 @functools.cache
@@ -58,13 +63,15 @@ def layer_table(keys: SpectralQuantizer, values: SpectralQuantizer) -> mx.array:
     header = [heads, keys.words + values.words, layouts[0].stored, layouts[1].stored, *([0] * 12)]
     entries: list[int] = []
     pieces: list[int] = []
-    start = len(header) + 2 * heads * 4
+    start = len(header) + 2 * heads * HEAD_INTS
     for part, layout in enumerate(layouts):
         for h in range(heads):
             rows = _pieces(layout, h)
-            entries += [start + len(pieces), len(rows), len(layout.order[h]), 0]
+            base = layout.first_words[h]
+            held = layout.first_words[h + 1] - base
+            entries += [start + len(pieces), len(rows), len(layout.order[h]), base + part * keys.words, held, 0]
             for *piece, first_word, first in rows:
-                pieces += [*piece, first_word + part * keys.words, first, 0]
+                pieces += [*piece, first_word - base, first, 0]
     return _evaluated(mx.array([*header, *entries, *pieces], mx.int32))
 
 
@@ -107,9 +114,13 @@ def _nothing(dtype: mx.Dtype) -> mx.array:
     return _evaluated(mx.zeros(8, dtype))
 
 
+def _padded(words: mx.array) -> mx.array:
+    return mx.pad(words, [(0, 0), (0, 0), (0, -words.shape[-1] % 4)])
+
+
 def _chunk_inputs(snapshot: "Snapshot") -> tuple[list[mx.array], list[int], int]:
     """The word buffers, eight of them, (tokens, capacity) of each, and tiles in all."""
-    words = [w if w.shape[-1] % 2 == 0 else mx.pad(w, [(0, 0), (0, 0), (0, 1)]) for w, _ in snapshot.packed]
+    words = [w if w.shape[-1] % 4 == 0 else _padded(w) for w, _ in snapshot.packed]
     counts = [n for (_, tokens), w in zip(snapshot.packed, words, strict=True) for n in (tokens, w.shape[-1])]
     tiles = sum(-(-tokens // TOKENS) for _, tokens in snapshot.packed)
     return words + [words[0]] * (8 - len(words)), counts, tiles
@@ -142,29 +153,33 @@ def tile_rows(dims: int, element: int, place: str) -> int:
     return next(rows for rows in range(dims, 0, -16) if dims % rows == 0 and rows <= room)
 
 
-def shared_bytes(key_dims: int, value_dims: int, rows: int, element: int, warps: int, scratch: int) -> int:
-    """What a thread group of `attend` needs, see attend.h."""
-    head = 64 + QUERIES * (key_dims + 8) * element
-    packed = head + warps * (rows * 72 * element + 4 * scratch)
-    folding = head + 4 * QUERIES * key_dims
-    gathering = 64 + 4 * warps * QUERIES * (value_dims + 2)
+def shared_bytes(key_dims: int, value_dims: int, rows: int, element: int, warps: int, stage: int, place: str) -> int:
+    """What a thread group of `attend` needs, see VqSpace in attend.h."""
+    scratch = 4096 if place == "host" or (place == "cuda" and element == 4) else 0
+    head = 128 + 2 * BOOK_BYTES
+    folded = QUERIES * (key_dims + 8) * element
+    packed = head + folded + warps * (256 * stage + scratch + rows * 72 * element)
+    folding = head + folded + 4 * QUERIES * key_dims
+    gathering = head + 4 * warps * QUERIES * (value_dims + 2)
     exact = 4 * QUERIES * (key_dims + TOKENS)
     return max(packed, folding, gathering, exact)
 
 
-def warps_of(key_dims: int, value_dims: int, element: int, place: str) -> int:
-    """Warps of a thread group: as many as fit beside a second group."""
+@functools.cache
+def warps_of(key_dims: int, value_dims: int, element: int, stage: int, place: str) -> int:
+    """Warps of a thread group: as many as fit beside a second group, else alone."""
     if place != "cuda":
         return 1
-    rows, scratch = max(key_dims, value_dims), 1024 if element == 4 else 0
-    fits = [w for w in range(1, 7) if shared_bytes(key_dims, value_dims, rows, element, w, scratch) <= 115_600]
-    return (
-        max(fits)
-        if fits and max(fits) >= 4
-        else next(
-            w for w in range(6, 0, -1) if shared_bytes(key_dims, value_dims, rows, element, w, scratch) <= 231_000
-        )
-    )
+    rows = max(key_dims, value_dims)
+    need = {w: shared_bytes(key_dims, value_dims, rows, element, w, stage, place) for w in range(1, 7)}
+    return max((w for w in need if need[w] <= 115_600 and w >= 4), default=max(w for w in need if need[w] <= 231_000))
+
+
+@functools.lru_cache(maxsize=1024)
+def head_words(keys: SpectralQuantizer, values: SpectralQuantizer) -> int:
+    """The most words that keys and values of one head have together."""
+    starts = keys.layout.first_words, values.layout.first_words
+    return max(sum(s[h + 1] - s[h] for s in starts) for h in range(keys.layout.heads))
 
 
 GROUPS = {"cuda": 264, "metal": 320, "host": 24}  # that fill a GPU: two on each of 132 multiprocessors
@@ -180,14 +195,15 @@ def attend(
     group, planes = query_heads // heads, batch * heads
     row_tiles = -(-group * length // QUERIES)
     element = 4 if queries.dtype == mx.float32 else 2
-    warps = warps_of(key_dims, value_dims, element, place)
+    stage = 0 if place == "metal" else next(n for n in STAGES if n >= head_words(keys, values))
+    warps = warps_of(key_dims, value_dims, element, stage, place)
     key_rows, value_rows = (tile_rows(d, element, place) for d in (key_dims, value_dims))
     layout = snapshot.layout
     words, counts, tiles = _chunk_inputs(snapshot)
     exact_most = max(s + layout.window_end - w for s, w in zip(layout.held_sinks, layout.window_start, strict=True))
     exact_splits = -(-exact_most // TOKENS)
     free = GROUPS[place] // (planes * row_tiles) - exact_splits
-    splits = max(1, min(free, -(-tiles // warps)))
+    splits = max(1, min(free, -(-tiles // warps), MOST_SPLITS - exact_splits))
     each = -(-tiles // splits)
     splits = -(-tiles // each)
     kind, strides, hidden, added = _mask_inputs(mask, query_heads)
@@ -196,7 +212,6 @@ def attend(
         len(snapshot.packed), int(sinks is not None), *counts,
     ))  # fmt: skip
     table = layer_table(keys, values)
-    scratch = 1024 if place == "host" or (place == "cuda" and element == 4) else 0
     every = planes * (exact_splits + splits), group * length
     launch = Launch(
         ATTEND,
@@ -206,9 +221,9 @@ def attend(
         [mx.float32, mx.float32],
         (exact_splits + splits, planes, row_tiles),
         warps * 32,
-        shared_bytes(key_dims, value_dims, max(key_rows, value_rows), element, warps, scratch),
+        shared_bytes(key_dims, value_dims, max(key_rows, value_rows), element, warps, stage, place),
         (("T", queries.dtype), ("DK", key_dims), ("DV", value_dims), ("KROWS", key_rows), ("VROWS", value_rows),
-         ("WARPS", warps)),
+         ("WARPS", warps), ("STAGE", stage)),
     )  # fmt: skip
     return launch, (values, table, params, sinks, queries, planes, group * length, value_dims)
 
@@ -227,7 +242,7 @@ def merge(parts: list[mx.array], rest: tuple[Any, ...]) -> Launch:
         [queries.dtype],
         (rows, planes, 1),
         threads,
-        4 * value_dims,
+        4 * (MOST_SPLITS + value_dims + 2),
         (("T", queries.dtype), ("DV", value_dims), ("THREADS", threads)),
     )
 
@@ -258,7 +273,7 @@ def decode(snapshot: "Snapshot", part: int, first_head: int, heads: int, dtype: 
     dims = (keys, values)[part].layout.stored
     stride = tokens + tokens % 2
     params = _ints(
-        (heads, first_head, 16 + part * all_heads * 4, tokens, stride, len(snapshot.packed), dims, 0, *counts)
+        (heads, first_head, 16 + part * all_heads * HEAD_INTS, tokens, stride, len(snapshot.packed), dims, 0, *counts)
     )
     batch = snapshot.exact_keys.shape[0]
     return Launch(
@@ -268,7 +283,7 @@ def decode(snapshot: "Snapshot", part: int, first_head: int, heads: int, dtype: 
         [dtype],
         (tiles, heads, batch),
         32,
-        0,
+        64 + BOOK_BYTES,
         (("E", dtype),),
     )
 
@@ -312,10 +327,16 @@ def fits(snapshot: "Snapshot", queries: mx.array, place: str) -> bool:
         return False
     dims = snapshot.exact_keys.shape[3], snapshot.exact_values.shape[3]
     types = {queries.dtype, snapshot.exact_keys.dtype, snapshot.exact_values.dtype}
+    layouts = keys.layout, values.layout
+    if (
+        max(len(s) for layout in layouts for s in layout.segments) > MOST_PIECES
+        or head_words(keys, values) > STAGES[-1]
+    ):
+        return False
     if not (keys.words and values.words and set(dims) <= set(HEAD_DIMS) and len(types) == 1):
         return False
     if place != "metal":
         return True
     element = 4 if queries.dtype == mx.float32 else 2
     rows = max(tile_rows(d, element, place) for d in dims)
-    return shared_bytes(*dims, rows, element, 1, 0) <= METAL_SHARED_BYTES
+    return shared_bytes(*dims, rows, element, 1, 0, place) <= METAL_SHARED_BYTES

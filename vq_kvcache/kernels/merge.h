@@ -1,39 +1,53 @@
-// The outputs of attend.h's splits, of one query -> its attention. One thread group a query, one thread or more a dim.
-// shared: [DV].
+// The outputs of attend.h's splits, of one query -> its attention. One thread group a query.
+// shared: [VQ_MOST_SPLITS] shares of the splits, [DV] sums in the basis of the codes, [2] totals.
+enum { VQ_MOST_SPLITS = 1024 };
+
 template <typename T, int DV>
 VQ_FN void vq_merge(VQ_IN(float) sums, VQ_IN(float) outputs, VQ_IN(float) unfold, VQ_IN(float) mean,
                     VQ_IN(float) sink_logits, VQ_IN(int) table, VQ_IN(int) params, VQ_OUT(T) result,
                     VQ_SHARED(float) shared, int query, int plane, int thread, int threads) {
   const int exact = params[VQ_EXACT_SPLITS], splits = exact + params[VQ_PACKED_SPLITS];
-  const int queries = params[VQ_G] * params[VQ_L], head = plane % params[VQ_H], length = params[VQ_L];
-  const float logit = params[VQ_SINKS] ? sink_logits[head * params[VQ_G] + query / length] * 1.44269504f : VQ_LOWEST;
-  float top = logit;
-  for (int s = 0; s < splits; ++s) top = vq_max(top, sums[2 * ((plane * splits + s) * queries + query)]);
-  float total = params[VQ_SINKS] ? vq_exp2(logit - top) : 0.0f, packed_total = 0.0f;
-  for (int s = 0; s < splits; ++s) {
-    const int i = 2 * ((plane * splits + s) * queries + query);
-    const float part = sums[i + 1] * vq_exp2(sums[i] - top);
-    total += part;
-    if (s >= exact) packed_total += part;
-  }
-  for (int n = thread; n < DV; n += threads) {
-    float packed = 0.0f;
-    for (int s = exact; s < splits; ++s) {
-      const int i = (plane * splits + s) * queries + query;
-      packed = vq_fma(outputs[i * DV + n], vq_exp2(sums[2 * i] - top), packed);
+  const int queries = params[VQ_G] * params[VQ_L], head = plane % params[VQ_H], lane = thread % 32;
+  VQ_SHARED(float) shares = shared;
+  VQ_SHARED(float) folded = shared + VQ_MOST_SPLITS;
+  VQ_SHARED(float) totals = folded + DV;
+  VQ_IN(float) own = sums + 2 * (plane * splits * queries + query);
+  const bool sinks = params[VQ_SINKS];
+  const float logit = sinks ? sink_logits[head * params[VQ_G] + query / params[VQ_L]] * 1.44269504f : VQ_LOWEST;
+  if (thread < 32) {  // one warp finds what each split counts for
+    float top = logit, total = 0.0f, packed_total = 0.0f;
+    for (int s = lane; s < splits; s += 32) top = vq_max(top, own[2 * s * queries]);
+    VQ_UNROLL
+    for (uint bit = 16; bit; bit /= 2) top = vq_max(top, vq_shuffle_xor(top, bit));
+    for (int s = lane; s < splits; s += 32) {
+      const float share = vq_exp2(own[2 * s * queries] - top), part = own[2 * s * queries + 1] * share;
+      shares[s] = share;
+      total += part;
+      if (s >= exact) packed_total += part;
     }
-    shared[n] = packed;
+    VQ_UNROLL
+    for (uint bit = 16; bit; bit /= 2) {
+      total += vq_shuffle_xor(total, bit);
+      packed_total += vq_shuffle_xor(packed_total, bit);
+    }
+    if (lane == 0) totals[0] = total + (sinks ? vq_exp2(logit - top) : 0.0f), totals[1] = packed_total;
   }
   VQ_SYNC_GROUP();
+  VQ_IN(float) out = outputs + (plane * splits * queries + query) * DV;
+  for (int n = thread; n < DV; n += threads) {
+    float packed = 0.0f;
+    VQ_UNROLL_BY(8)
+    for (int s = exact; s < splits; ++s) packed = vq_fma(out[s * queries * DV + n], shares[s], packed);
+    folded[n] = packed;
+  }
+  VQ_SYNC_GROUP();
+  const int stored = table[VQ_VALUE_ROWS];
   for (int d = thread; d < DV; d += threads) {
-    float x = packed_total * mean[head * DV + d];
-    for (int s = 0; s < exact; ++s) {
-      const int i = (plane * splits + s) * queries + query;
-      x = vq_fma(outputs[i * DV + d], vq_exp2(sums[2 * i] - top), x);
-    }
-    const int stored = table[VQ_VALUE_ROWS];
+    float x = totals[1] * mean[head * DV + d];
+    for (int s = 0; s < exact; ++s) x = vq_fma(out[s * queries * DV + d], shares[s], x);
     VQ_IN(float) column = unfold + head * stored * DV + d;
-    for (int n = 0; n < stored; ++n) x = vq_fma(shared[n], column[n * DV], x);
-    vq_set(result[(plane * queries + query) * DV + d], total > 0.0f ? x / total : 0.0f);
+    VQ_UNROLL_BY(16)
+    for (int n = 0; n < stored; ++n) x = vq_fma(folded[n], column[n * DV], x);
+    vq_set(result[(plane * queries + query) * DV + d], totals[0] > 0.0f ? x / totals[0] : 0.0f);
   }
 }

@@ -15,9 +15,9 @@ from tqdm import tqdm
 from . import codec as codecs
 from .calibration_text import Placed, calibration_sequences, context_of, place
 from .codec import Codec, Transforms
-from .fisher import LayerFisher, Setting, Statistics, each, gather, probe
+from .fisher import LayerFisher, Setting, each, gather, probe
 from .forward_only import Layers, in_nats, run_observed, variance_layers
-from .intercept import require_layers
+from .intercept import plain_caches, require_layers, uses
 from .memory_budget import default_budget, fit
 from .moments import Moments
 from .partial import Partial
@@ -142,7 +142,10 @@ def _fisher(
     budget = default_budget() if budget is None else budget
     room = fit(lambda n, again: probe(model, n, setting._replace(checkpoint=again)), length,
                setting.window + setting.sinks, budget)  # fmt: skip
-    setting = setting._replace(checkpoint=room.checkpoint, at_once=room.at_once)
+    used, caches = uses(model), plain_caches(model)
+    # Gradients of gemma3n taken on two threads crash MLX 0.32.4, so only the plainest models get several.
+    plain = len(used) == len(caches) and all(u.kind == "paired" and u.readers == 1 for u in used.values())
+    setting = setting._replace(checkpoint=room.checkpoint, at_once=room.at_once if plain else 1)
     sequences = place(text(sequence_length=room.sequence_length), context_of(model))
     partial = Partial(name, sequences, setting)
     statistics, done = partial.load()
@@ -154,13 +157,17 @@ def _fisher(
 
         gather(model, sequences, setting, statistics, done, report)
     require_layers(statistics)
-    strength = choose((seen for pair in statistics.values() for seen in pair), len(sequences))
-    layers = _measured(statistics, strength, len(sequences), room.at_once)
+    # Positions cached beside latents stay exact.
+    latent = {i for i, use in used.items() if use.kind == "latent"}
+    packed = {(i, part): seen for i, pair in statistics.items() for part, seen in enumerate(pair)
+              if part == 0 or i not in latent}  # fmt: skip
+    strength = choose(packed.values(), len(sequences))
+    layers = _measured(packed, strength, len(sequences), room.at_once)
     partial.remove()
     return layers, _told("fisher", sequences, room.sequence_length) | {"shrinkage": strength._asdict()}
 
 
-def _measured(statistics: Statistics, strength: Shrinkage, sequences: int, at_once: int) -> Layers:
+def _measured(packed: dict[tuple[int, int], LayerFisher], strength: Shrinkage, sequences: int, at_once: int) -> Layers:
     """Transforms and costs of each layer, keys and values beside each other where there are cores."""
 
     def measured(seen: LayerFisher) -> Transforms:
@@ -168,9 +175,9 @@ def _measured(statistics: Statistics, strength: Shrinkage, sequences: int, at_on
         covariance = shrunk(seen.vectors.covariance, strength.covariance, sequences)
         return fisher_transforms(seen.vectors, metric, seen.kept, covariance)
 
-    parts = [seen for pair in statistics.values() for seen in pair]
-    found = list(tqdm(each(measured, parts, at_once), total=len(parts), desc="measuring", unit="part"))
-    return {layer: (found[2 * i], found[2 * i + 1]) for i, layer in enumerate(statistics)}
+    progress = tqdm(each(measured, list(packed.values()), at_once), total=len(packed), desc="measuring", unit="part")
+    found = dict(zip(packed, progress, strict=True))
+    return {i: (found[i, 0], found.get((i, 1))) for i, part in packed if part == 0}
 
 
 def _variance(model: Any, sequences: list[mx.array], window: int, sinks: int) -> tuple[Layers, dict[str, Any]]:

@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import numpy as np
 
+from .intercept import plain_caches
+
 CODE_MODULES = ("argparse", "json.decoder", "textwrap", "statistics", "heapq", "csv", "shlex", "configparser")
 # The share of sequences that the model writes itself; each of its tokens costs a whole decode step.
 SELF_WRITTEN_SHARE = 1 / 8
@@ -99,7 +101,7 @@ def write_sequences(model: Any, tokenizer: Any, count: int, length: int, seed: i
     """`count` sequences [length] sampled from the model at temperature 1, in one batch, from its own opening."""
     opening = _opening(tokenizer)
     tokens = mx.broadcast_to(mx.array(opening)[None], (count, len(opening)))
-    cache = _plain_cache(model)
+    cache = plain_caches(model)
     key = mx.random.key(seed)
     written = [tokens]
     for _ in range(length - len(opening)):
@@ -120,10 +122,3 @@ def _opening(tokenizer: Any) -> list[int]:
         if (token := getattr(tokenizer, name, None)) is not None:
             return [int(token)]
     return encode(tokenizer, "The")[:1]
-
-
-def _plain_cache(model: Any) -> list[Any]:
-    from mlx_lm.models.cache import KVCache
-
-    make_cache = getattr(type(model), "make_cache", None)  # the class's own: an instance may carry a hook
-    return list(make_cache(model)) if make_cache else [KVCache() for _ in model.layers]

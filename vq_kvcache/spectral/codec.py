@@ -7,7 +7,7 @@ import json
 import os
 import pathlib
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -152,12 +152,12 @@ class Plan:
 class Codec:
     """What a spectral cache needs to know of one model.
 
-    layers: index of the layer's cache -> (Transforms of keys, Transforms of values).
+    layers: index of the layer's cache -> (Transforms of keys, Transforms of values, None to keep those exact).
     fingerprint: of the model it was calibrated on.  provenance: how, as plain JSON.
     """
 
     def __init__(
-        self, fingerprint: str, layers: dict[int, tuple[Transforms, Transforms]], provenance: dict[str, Any]
+        self, fingerprint: str, layers: dict[int, tuple[Transforms, Transforms | None]], provenance: dict[str, Any]
     ) -> None:
         if not layers:
             raise CodecError("no layer has a KV cache to pack; expected at least one full-attention layer.")
@@ -178,7 +178,9 @@ class Codec:
         if name not in self._plans:
             widths = self._widths(bits_per_value)
             layers = {
-                i: LayerQuantizers(k.quantizer(widths[i, "keys"]), v.quantizer(widths[i, "values"]))
+                i: LayerQuantizers(
+                    k.quantizer(widths[i, "keys"]), None if v is None else v.quantizer(widths[i, "values"])
+                )
                 for i, (k, v) in self.layers.items()
             }
             self._plans[name] = Plan(name, self.fingerprint, layers)
@@ -203,7 +205,7 @@ class Codec:
         cost = sum(
             float(transforms.costs[h, np.arange(len(bits)), bits].sum(dtype=np.float64))
             for (i, part), heads in self._widths(bits_per_value).items()
-            for transforms in [self.layers[i][part == "values"]]
+            if (transforms := self.layers[i][part == "values"]) is not None
             for h, bits in enumerate(heads)
         )
         # Costs are means over all tokens; the first positions, which see everything exact, bear none.
@@ -228,6 +230,7 @@ class Codec:
             (i, part): [c.astype(np.float64) for c in transforms.costs]
             for i, pair in self.layers.items()
             for part, transforms in zip(("keys", "values"), pair, strict=True)
+            if transforms is not None
         }
         budgets = dict(zip(("keys", "values"), as_pair(bits_per_value), strict=True))
         if not self.in_nats:
@@ -236,6 +239,8 @@ class Codec:
         widths: dict[tuple[int, str], list[NDArray[np.int64]]] = {}
         for parts in shared:
             chosen = {name: heads for name, heads in costs.items() if name[1] in parts}
+            if not chosen:  # no layer's values are packed
+                continue
             floors = [LEAST_WORDS[part] for (_, part), heads in chosen.items() for _ in heads]
             flat = iter(allocate_heads([c for heads in chosen.values() for c in heads], budgets[parts[0]], floors))
             widths |= {name: [next(flat) for _ in heads] for name, heads in chosen.items()}
@@ -250,6 +255,7 @@ class Codec:
             f"layers.{i}.{part}.{name}": np.ascontiguousarray(getattr(transforms, name))
             for i, pair in self.layers.items()
             for part, transforms in zip(("keys", "values"), pair, strict=True)
+            if transforms is not None
             for name in ARRAYS
         }
         description = {"version": VERSION, "fingerprint": self.fingerprint, "provenance": self.provenance}
@@ -280,9 +286,16 @@ def _description(content: bytes) -> dict[str, Any]:
     return dict(json.loads(header["__metadata__"][FORMAT]))
 
 
-def _layers(arrays: dict[str, NDArray[Any]]) -> dict[int, tuple[Transforms, Transforms]]:
+def _layers(arrays: dict[str, NDArray[Any]]) -> dict[int, tuple[Transforms, Transforms | None]]:
     indices = sorted({int(name.split(".")[1]) for name in arrays})
-    return {i: (_transforms(arrays, f"layers.{i}.keys"), _transforms(arrays, f"layers.{i}.values")) for i in indices}
+    with_values = {int(name.split(".")[1]) for name in arrays if ".values." in name}
+    return {
+        i: (
+            _transforms(arrays, f"layers.{i}.keys"),
+            _transforms(arrays, f"layers.{i}.values") if i in with_values else None,
+        )
+        for i in indices
+    }
 
 
 def _transforms(arrays: dict[str, NDArray[Any]], prefix: str) -> Transforms:
@@ -324,13 +337,29 @@ def plan_of_rotations(
 def fingerprint(model: Any) -> str:
     """Names a model by its configuration, its parameters' names, shapes and dtypes, and a strided sample of their
     values (at most 1 MB): the same weights give the same name, other weights or adapters another."""
+    name, description, samples = _samples(model)
+    mx.eval(samples)
+    return _name(name, description, samples)
+
+
+def fingerprint_of_files(load: Callable[[], Any]) -> str:
+    """The fingerprint of the model that `load` makes with weights not read yet; holds one parameter at a time."""
+    name, description, samples = _samples(load())
+    for sample in samples:  # nothing else holds the weights: each is read, sampled and dropped
+        mx.eval(sample)
+    return _name(name, description, samples)
+
+
+def _samples(model: Any) -> tuple[str, str, list[mx.array]]:
     parameters = sorted(tree_flatten(model.parameters()))
     budget = SAMPLED_BYTES // max(4 * len(parameters), 1)
     samples = [_sample(array, max(1, min(SAMPLES_PER_PARAMETER, budget))) for _, array in parameters]
-    mx.eval(samples)
     description = [repr(getattr(model, "args", None)), *(f"{n} {a.shape} {a.dtype}" for n, a in parameters)]
-    content = "\n".join(description).encode() + b"".join(np.array(s).tobytes() for s in samples)
-    name = str(getattr(model, "model_type", type(model).__name__))
+    return str(getattr(model, "model_type", type(model).__name__)), "\n".join(description), samples
+
+
+def _name(name: str, description: str, samples: list[mx.array]) -> str:
+    content = description.encode() + b"".join(np.array(s).tobytes() for s in samples)
     return f"{''.join(c if c.isalnum() else '_' for c in name)}-{sha256(content)[:16]}"
 
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from .calibration_text import Placed
 from .far_attention import far_attention
-from .intercept import Attention, Recorder, dispatching, recorders
+from .intercept import Attention, Recorder, Use, dispatching, is_pair, recorders, uses
 from .moments import Moments, SecondMoments
 
 KEPT_BYTES = 1 << 30  # of vectors and gradients, on which costs are measured
@@ -81,7 +81,9 @@ def gather(
     label a position. `report` is called with the number of sequences added so far."""
     # One key a sequence, so that it draws the same labels whatever was done before it.
     keys = mx.random.split(mx.random.key(setting.seed), len(sequences))
-    mx.eval(model.parameters(), keys, [s.ids for s in sequences])
+    # Hidden arrays too (frequencies, factors): evaluated by two threads at once, MLX crashes.
+    hidden = [a for m in model.modules() for a in m.values() if isinstance(a, mx.array)]
+    mx.eval(model.parameters(), hidden, keys, [s.ids for s in sequences])
     kept_bytes = sum(4 * a.size for pair in statistics.values() for part in pair for kept in part.kept for a in kept)
 
     def make(i: int) -> Gradients:
@@ -125,36 +127,43 @@ def probe(model: Any, tokens: int, setting: Setting) -> Any:
 
 
 class _Perturbed:
-    """Attention with errors in the far keys and values of each layer; remembers the vectors that it saw."""
+    """Attention with errors in the far keys and values of each layer; remembers the vectors that it saw.
 
-    def __init__(self, errors: dict[int, tuple[mx.array, mx.array]], setting: Setting) -> None:
-        self.errors, self._setting = errors, setting
+    What another arithmetic than this attention reads is perturbed where it is appended, for near readers too.
+    """
+
+    def __init__(self, used: dict[int, Use], errors: dict[int, tuple[mx.array, mx.array]], setting: Setting) -> None:
+        self.used, self.errors, self._setting = used, errors, setting
         self.vectors: dict[int, tuple[mx.array, mx.array]] = {}
 
     def __call__(
         self, layer: int, q: mx.array, k: mx.array, v: mx.array, original: Attention, **options: Any
     ) -> mx.array:
-        self.vectors[layer] = mx.stop_gradient(k), mx.stop_gradient(v)
+        if self.used[layer].kind != "paired" or not is_pair(k, v):
+            return original(q, k, v, **options)
         window, exact = self._setting.window, self._setting.sinks
         return far_attention(q, k, v, *self.errors[layer], window=window, exact=exact, **options)
+
+    def append(self, layer: int, k: mx.array, v: mx.array) -> tuple[mx.array, mx.array]:
+        """What the model gets for what it appends."""
+        self.vectors[layer] = mx.stop_gradient(k), mx.stop_gradient(v)
+        if self.used[layer].kind == "paired":
+            return k, v
+        ek, ev = self.errors[layer]
+        return k + ek.astype(k.dtype), v + ev.astype(v.dtype)
 
 
 def _gradients(model: Any, placed: Placed, setting: Setting, key: mx.array) -> Gradients:
     """layer -> (keys, their gradients, values, their gradients), each [1, H, T, D]."""
-    shapes: dict[int, tuple[Any, Any]] = {}
-    ids = placed.ids
-
-    def shape_of(layer: int, q: mx.array, k: mx.array, v: mx.array, original: Attention, **options: Any) -> mx.array:
-        shapes[layer] = (1, k.shape[1], len(ids), k.shape[3]), (1, v.shape[1], len(ids), v.shape[3])
-        return original(q, k, v, **options)
-
-    with dispatching(), checkpointed(model) if setting.checkpoint else contextlib.nullcontext():
-        model(ids[None, :1], cache=recorders(model, shape_of))  # traced only: nothing is computed
-        layers = sorted(shapes)
-        zeros = [mx.zeros(s) for layer in layers for s in shapes[layer]]
+    used, length = uses(model), len(placed.ids)
+    layers = list(used)
+    zeros = [mx.zeros((1, u.heads, length, dims)) for u in used.values() for dims in (u.key_dims, u.value_dims)]
+    # What several layers read would leave the layer that is computed again.
+    checkpoint = setting.checkpoint and all(u.readers <= 1 for u in used.values())
+    with dispatching(), checkpointed(model) if checkpoint else contextlib.nullcontext():
 
         def loss(errors: list[mx.array]) -> tuple[mx.array, dict[int, tuple[mx.array, mx.array]]]:
-            return _loss(model, placed, _Perturbed(dict(zip(layers, _pairs(errors), strict=True)), setting), key)
+            return _loss(model, placed, _Perturbed(used, dict(zip(layers, _pairs(errors), strict=True)), setting), key)
 
         (_, vectors), gradients = mx.value_and_grad(loss)(zeros)
     return {
@@ -171,7 +180,8 @@ def _loss(
     model: Any, placed: Placed, attend: _Perturbed, key: mx.array
 ) -> tuple[mx.array, dict[int, tuple[mx.array, mx.array]]]:
     """Sum of -log p of labels drawn from the model, and the vectors of each layer."""
-    logits = model(placed.ids[None], cache=recorders(model, attend, placed.offset))[0].astype(mx.float32)
+    caches = recorders(model, attend, placed.offset, append=attend.append, only=attend.used)
+    logits = model(placed.ids[None], cache=caches)[0].astype(mx.float32)
     labels = mx.random.categorical(mx.stop_gradient(logits), key=key)
     chosen = mx.take_along_axis(logits, labels[:, None], axis=-1)[:, 0]
     return (mx.logsumexp(logits, axis=-1) - chosen).sum(), attend.vectors

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from .calibration_text import Placed
 from .codec import Transforms
 from .far_attention import far_attention_reference
-from .intercept import Attention, dispatching, observers, recorders
+from .intercept import Attention, Use, dispatching, is_list, observers, plain_caches, recorders, uses
 from .moments import Moments, SecondMoments
 from .transforms import KEPT_VECTORS, coarsened, transforms_of
 
@@ -25,25 +25,30 @@ OUTPUT_PROJECTIONS = ("o_proj", "out_proj", "dense", "c_proj", "wo", "o")
 SENSITIVITY_BITS = 2
 SENSITIVITY_SEQUENCES = 2
 
-Layers = dict[int, tuple[Transforms, Transforms]]
+Layers = dict[int, tuple[Transforms, Transforms | None]]
 
 
 def variance_layers(model: Any, sequences: Sequence[Placed]) -> Layers:
-    """layer -> (Transforms of keys, of values), costs in units of each one's own metric."""
+    """layer -> (Transforms of keys, of values, None to keep those exact), costs in units of each one's own metric."""
     seen: dict[int, _Seen] = {}
     stride = max(1, -(-sum(s.ids.size for s in sequences) // KEPT_VECTORS))
 
-    def see(layer: int, queries: mx.array, keys: mx.array, values: mx.array) -> None:
+    def see(layer: int, queries: mx.array | None, keys: mx.array, values: mx.array) -> None:
         seen.setdefault(layer, _Seen(stride)).update(queries, keys, values)
 
     run_observed(model, sequences, see)
-    layers = {}
+    layers: Layers = {}
+    caches, used = plain_caches(model), uses(model)
+    by_layer = len(caches) == len(model.layers) and not any(map(is_list, caches))  # the i-th cache is the i-th layer's
     for i, layer in tqdm(seen.items(), desc="measuring", unit="layer"):
-        output = _output_metric(model, i, *layer.values.mean.shape)
-        layers[i] = (
-            transforms_of(layer.keys, layer.queries.value, layer.kept_keys),
-            transforms_of(layer.values, output, layer.kept_values),
-        )
+        # Queries that are not those of a plain attention say nothing about these keys.
+        queries = layer.queries.value if layer.queries.count else np.stack([np.eye(used[i].key_dims)] * used[i].heads)
+        keys = transforms_of(layer.keys, queries, layer.kept_keys)
+        if used[i].kind == "latent":
+            layers[i] = keys, None
+            continue
+        output = _output_metric(model, i if by_layer else None, *layer.values.mean.shape)
+        layers[i] = keys, transforms_of(layer.values, output, layer.kept_values)
     return layers
 
 
@@ -56,10 +61,11 @@ class _Seen:
         self.kept_values: list[mx.array] = []
         self._stride = stride
 
-    def update(self, queries: mx.array, keys: mx.array, values: mx.array) -> None:
+    def update(self, queries: mx.array | None, keys: mx.array, values: mx.array) -> None:
         self.keys.update(keys)
         self.values.update(values)
-        self.queries.update(queries, keys.shape[1])
+        if queries is not None:
+            self.queries.update(queries, keys.shape[1])
         for kept, x in ((self.kept_keys, keys), (self.kept_values, values)):
             kept.append(mx.contiguous(x[0, :, :: self._stride]))
             mx.eval(kept[-1])  # or the whole forward pass would be held
@@ -71,36 +77,55 @@ def in_nats(model: Any, sequences: Sequence[Placed], layers: Layers, window: int
     chosen = chosen[:SENSITIVITY_SEQUENCES]
     if not chosen:
         return None
-    expected = [_log_probabilities(model, s, None, window, sinks) for s in chosen]
+    used = uses(model)
+    expected = [_log_probabilities(model, used, s, None, window, sinks) for s in chosen]
     scaled: Layers = {}
     for i, pair in tqdm(layers.items(), desc="sensitivities", unit="layer"):
-        costs = []
+        parts: list[Transforms | None] = []
         for part, transforms in enumerate(pair):
+            if transforms is None:
+                parts.append(None)
+                continue
             kl = 0.0
             for placed, full in zip(chosen, expected, strict=True):
-                found = _log_probabilities(model, placed, (i, part, transforms), window, sinks)
+                found = _log_probabilities(model, used, placed, (i, part, transforms), window, sinks)
                 kl += float(np.array((mx.exp(full) * (full - found)).sum(axis=-1).mean())) / len(chosen)
             unit = float(transforms.costs[..., SENSITIVITY_BITS].sum(dtype=np.float64))
-            costs.append(transforms.costs * np.float32(max(kl, 1e-9) / max(unit, 1e-30)))
-        keys, values = (dataclasses.replace(t, costs=c) for t, c in zip(pair, costs, strict=True))
-        scaled[i] = keys, values
+            costs = transforms.costs * np.float32(max(kl, 1e-9) / max(unit, 1e-30))
+            parts.append(dataclasses.replace(transforms, costs=costs))
+        assert parts[0] is not None  # keys are always packed
+        scaled[i] = parts[0], parts[1]
     return scaled
 
 
 def _log_probabilities(
-    model: Any, placed: Placed, change: tuple[int, int, Transforms] | None, window: int, sinks: int
+    model: Any,
+    used: dict[int, Use],
+    placed: Placed,
+    change: tuple[int, int, Transforms] | None,
+    window: int,
+    sinks: int,
 ) -> mx.array:
     """Of every next token, float32 [T, V], with the far keys (part 0) or values (1) of one layer coarsened."""
 
+    def append(layer: int, k: mx.array, v: mx.array) -> tuple[mx.array, mx.array]:
+        if change is None or layer != change[0] or used[layer].kind == "paired":
+            return k, v
+        # Near readers see these errors too: what reads them is not this module's attention.
+        worse = [k, v]
+        worse[change[1]] = coarsened(change[2], worse[change[1]], SENSITIVITY_BITS).astype(k.dtype)
+        return worse[0], worse[1]
+
     def attend(layer: int, q: mx.array, k: mx.array, v: mx.array, original: Attention, **options: Any) -> mx.array:
-        if change is None or layer != change[0]:
+        if change is None or layer != change[0] or used[layer].kind != "paired":
             return original(q, k, v, **options)
         errors = [mx.zeros(k.shape), mx.zeros(v.shape)]
         errors[change[1]] = coarsened(change[2], (k, v)[change[1]], SENSITIVITY_BITS) - (k, v)[change[1]]
         return far_attention_reference(q, k, v, *errors, window=window, exact=sinks, **options)
 
     with dispatching():
-        logits = model(placed.ids[None], cache=recorders(model, attend, placed.offset))[0].astype(mx.float32)
+        caches = recorders(model, attend, placed.offset, append=append, only=used)
+        logits = model(placed.ids[None], cache=caches)[0].astype(mx.float32)
     result: mx.array = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
     mx.eval(result)
     return result
@@ -108,17 +133,18 @@ def _log_probabilities(
 
 def run_observed(model: Any, sequences: Sequence[Placed], see: Callable[..., None]) -> None:
     """One forward pass over each sequence, showing `see` what every full-attention layer attends to."""
+    used = uses(model)
     with dispatching():
         for ids, offset in tqdm(sequences, desc="calibrating", unit="sequence"):
-            mx.eval(model(ids[None], cache=observers(model, see, offset)))
+            mx.eval(model(ids[None], cache=observers(model, see, offset, used)))
 
 
-def _output_metric(model: Any, layer: int, heads: int, dims: int) -> NDArray[np.float64]:
+def _output_metric(model: Any, layer: int | None, heads: int, dims: int) -> NDArray[np.float64]:
     """WoT Wo [H, D, D] of the projection that reads the attention output, summed over the query heads of a group.
 
     The identity where no such projection is found: squared error of the values themselves.
     """
-    projection = _output_projection(model, layer)
+    projection = None if layer is None else _output_projection(model, layer)
     rows = None if projection is None else _rows(projection, dims)
     if rows is None or len(rows) % (heads * dims):
         return np.tile(np.eye(dims), (heads, 1, 1))

@@ -5,14 +5,16 @@ from, so the patched function asks the handle's source to attend and passes ever
 """
 
 import contextlib
+import dataclasses
 import threading
-from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import Any, Literal, Protocol
 
 import mlx.core as mx
 
-See = Callable[[int, mx.array, mx.array, mx.array], None]
+See = Callable[[int, mx.array | None, mx.array, mx.array], None]
 Attention = Callable[..., mx.array]
+Append = Callable[[int, mx.array, mx.array], tuple[mx.array, mx.array]]
 
 
 class Source(Protocol):
@@ -88,17 +90,26 @@ def dispatching() -> Iterator[None]:
 class Recorder:
     """Takes the place of a KV cache for one forward pass over a whole sequence: shows what passes and keeps nothing."""
 
-    def __init__(self, index: int, attend: Attention, offset: int) -> None:
-        self.index, self.attend, self.offset = index, attend, offset
+    def __init__(self, index: int, attend: Attention, offset: int, append: Append | None) -> None:
+        self.index, self.attend, self._append, self.offset = index, attend, append, offset
         self._fetched: tuple[Handle, Handle] | None = None
+        self.keys: mx.array | None = None  # pipelines hang dependencies on these
+        self.values: mx.array | None = None
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[Handle, Handle]:
+        if self._append is not None:
+            keys, values = self._append(self.index, keys, values)
+        self.keys, self.values = keys, values
         self._fetched = Handle(keys, self, "keys"), Handle(values, self, "values")
         return self._fetched
 
     def keys_and_values(self) -> tuple[Handle, Handle]:
         assert self._fetched is not None  # a model asks only after its own update
         return self._fetched
+
+    @property
+    def state(self) -> tuple[Handle, Handle]:  # models that share layers asked so before mlx-lm 0.32
+        return self.keys_and_values()
 
     def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> mx.array | str | None:
         if window_size is None and not return_array:
@@ -113,32 +124,137 @@ class Recorder:
         return self.attend(self.index, queries, keys, values, original, **options)
 
 
-def recorders(model: Any, attend: Attention, offset: int = 0) -> list[Any]:
+def plain_caches(model: Any) -> list[Any]:
+    """The caches that a model makes by itself, whatever hook its instance carries."""
+    from mlx_lm.models.cache import KVCache
+
+    make_cache = getattr(type(model), "make_cache", None)  # the class's own: an instance may carry a hook
+    return [KVCache() for _ in model.layers] if make_cache is None else list(make_cache(model))
+
+
+def replace_kv(caches: Sequence[Any], replacement: Callable[[int, Any, bool], Any]) -> list[Any]:
+    """The caches with each KVCache replaced by `replacement(index, cache, nested)`, those in a CacheList (nested) too.
+
+    index: its place among all caches, members of a CacheList counted one by one. Where there is no CacheList it is
+    the place in `caches`.
+    """
+    index = 0
+    result = []
+    for cache in caches:
+        nested = is_list(cache)
+        changed = []
+        for member in members_of(cache):
+            is_kv = type(member).__name__ == "KVCache"
+            changed.append(replacement(index, member, nested) if is_kv else member)
+            index += 1
+        result.append(type(cache)(*changed) if nested else changed[0])
+    return result
+
+
+def is_list(cache: Any) -> bool:
+    """Whether this is an mlx-lm CacheList: several caches of one layer."""
+    return type(cache).__name__ == "CacheList"
+
+
+def members_of(cache: Any) -> list[Any]:
+    """The caches in a CacheList, or the cache itself."""
+    return list(cache.caches) if is_list(cache) else [cache]
+
+
+def recorders(
+    model: Any, attend: Attention, offset: int = 0, *, append: Append | None = None, only: Collection[int] | None = None
+) -> list[Any]:
     """Caches to pass as `cache=` for one forward pass over a whole sequence.
 
-    Every full-attention layer attends by `attend(index, queries, keys, values, original, scale=, mask=, ...)`, index
-    that of the layer's cache, queries [B, Hq, L, D], keys and values [B, H, L, D]. Layers with another kind of state
-    (sliding windows, recurrent state) get the model's own cache and are not seen. `offset` is the position of the
-    sequence's first token.
+    Every KV cache's layer attends by `attend(index, queries, keys, values, original, scale=, mask=, ...)`, index that
+    of the cache (`replace_kv`), queries [B, Hq, L, D], keys and values [B, H, L, D]; before that, `append(index, keys,
+    values)` gives what the model is to get in place of what it appends. `offset` is the position of the first token.
+    Other state (sliding windows, recurrent state), and caches not in `only`, stay the model's own and are not seen.
     """
-    make_cache = getattr(type(model), "make_cache", None)  # the class's own: an instance may carry a hook
-    if make_cache is None:
-        return [Recorder(i, attend, offset) for i in range(len(model.layers))]
-    return [
-        Recorder(i, attend, offset) if type(c).__name__ == "KVCache" else c for i, c in enumerate(make_cache(model))
-    ]
+    return replace_kv(
+        plain_caches(model),
+        lambda i, own, nested: Recorder(i, attend, offset, append) if only is None or i in only else own,
+    )
 
 
-def observers(model: Any, see: See, offset: int = 0) -> list[Any]:
-    """`recorders` that call `see(index, queries, keys, values)` and attend as MLX does."""
+@dataclasses.dataclass(frozen=True)
+class Use:
+    """How a model uses one of its KV caches: H heads of `key_dims` and `value_dims` numbers, and how they are read.
+
+    kind: "paired" (keys and values of one attention), "latent" (the keys are attended to as keys and as values, what
+    is cached as values are positions: multi-head latent attention), or "own" (by the model's own arithmetic).
+    readers: attentions that read it; more than one where layers share keys and values.
+    """
+
+    heads: int
+    key_dims: int
+    value_dims: int
+    kind: Literal["paired", "latent", "own"]
+    readers: int = 1
+
+
+def uses(model: Any) -> dict[int, Use]:
+    """How the model uses each KV cache worth packing, by index (`replace_kv`); one token is traced, nothing computed.
+
+    In a CacheList, caches that no attention reads are keys of an indexer, and are left out.
+    """
+    shapes: dict[int, tuple[int, int, int]] = {}
+    kinds: dict[int, Literal["paired", "latent"]] = {}
+    readers: dict[int, int] = {}
+    nested_ones: set[int] = set()
+
+    def append(index: int, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        shapes[index] = keys.shape[1], keys.shape[3], values.shape[3]
+        return keys, values
 
     def attend(
         index: int, queries: mx.array, keys: mx.array, values: mx.array, original: Attention, **options: Any
     ) -> mx.array:
-        see(index, queries, keys, values)
+        readers[index] = readers.get(index, 0) + 1
+        if is_pair(keys, values):
+            kinds[index] = "paired"
+        elif values is keys:
+            kinds[index] = "latent"
         return original(queries, keys, values, **options)
 
-    return recorders(model, attend, offset)
+    def recorder(index: int, own: Any, nested: bool) -> Recorder:
+        if nested:
+            nested_ones.add(index)
+        return Recorder(index, attend, 0, append)
+
+    with dispatching():
+        model(mx.array([[0]]), cache=replace_kv(plain_caches(model), recorder))
+    left_out = nested_ones - set(kinds)
+    return {i: Use(*s, kinds.get(i, "own"), readers.get(i, 0)) for i, s in sorted(shapes.items()) if i not in left_out}
+
+
+def is_pair(keys: Any, values: Any) -> bool:
+    """Whether these are the handles on keys and values of one source."""
+    both = isinstance(keys, Handle) and isinstance(values, Handle) and keys.source is values.source
+    return both and (keys.part, values.part) == ("keys", "values")
+
+
+def observers(model: Any, see: See, offset: int = 0, used: dict[int, Use] | None = None) -> list[Any]:
+    """`recorders` of the caches in `used` (`uses(model)` unless given) that call `see(index, queries, keys, values)`
+    and change nothing.
+
+    queries: of the attention over these keys and values; None for caches of another kind than "paired".
+    """
+    used = uses(model) if used is None else used
+
+    def attend(
+        index: int, queries: mx.array, keys: mx.array, values: mx.array, original: Attention, **options: Any
+    ) -> mx.array:
+        if used[index].kind == "paired":
+            see(index, queries, keys, values)
+        return original(queries, keys, values, **options)
+
+    def append(index: int, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        if used[index].kind != "paired":
+            see(index, None, keys, values)
+        return keys, values
+
+    return recorders(model, attend, offset, append=append, only=used)
 
 
 def require_layers(seen: dict[int, Any]) -> None:

@@ -9,6 +9,7 @@ no scale is stored with a vector.
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -124,10 +125,17 @@ class SpectralQuantizer:
     def stack(cls, quantizers: Sequence["SpectralQuantizer"]) -> "SpectralQuantizer":
         """One quantizer for vectors [..., H, T, D] from the quantizers of H heads; their words lie one head after
         the other along W."""
-        heads = [p for q in quantizers for p in q._parameters]
+        return cls._of_heads([p for q in quantizers for p in q._parameters], quantizers[0].layout.trellis)
+
+    def heads(self, start: int, stop: int) -> "SpectralQuantizer":
+        """The quantizer of heads start..stop of a stacked one; its words are theirs of the whole."""
+        return self._of_heads(self._parameters[start:stop], self.layout.trellis)
+
+    @classmethod
+    def _of_heads(cls, heads: list[tuple[Any, ...]], trellis: bool) -> "SpectralQuantizer":
         quantizer = cls.__new__(cls)
         means, analyses, syntheses, spectra, widths = map(list, zip(*heads, strict=True))
-        quantizer._set_up(means, analyses, syntheses, spectra, widths, quantizers[0].layout.trellis)
+        quantizer._set_up(means, analyses, syntheses, spectra, widths, trellis)
         quantizer._one_head = False
         return quantizer
 

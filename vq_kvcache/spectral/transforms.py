@@ -13,6 +13,7 @@ from .trellis import RING_BITS, dequantize_rings, quantize_rings, ring_length
 
 # Eigenvalues of a metric below this share of the largest are raised to it: its inverse root must stay bounded.
 METRIC_FLOOR = 1e-5
+SMALLEST_METRIC = 1e-12
 STRETCHES = (1.0, 1.2, 1.5, 2.0)
 KEPT_VECTORS = 4096  # of each head, on which costs are measured
 RING_VECTORS = 1024  # of each head, on which costs in rings are: a search is a hundred times the work of a rounding
@@ -56,7 +57,9 @@ def basis_of(
     analysis, eigenvalues = np.zeros((heads, dims, dims)), np.zeros((heads, dims))
     for h in range(heads):
         weights, basis = eigen(metric[h])
-        root = (basis * np.sqrt(np.maximum(weights, METRIC_FLOOR * weights[0]))) @ basis.T
+        # A head that nothing depends on has a metric of zeros: any basis serves it, and its bits cost nothing.
+        least = METRIC_FLOOR * weights[0] if weights[0] > 0 else SMALLEST_METRIC
+        root = (basis * np.sqrt(np.maximum(weights, least))) @ basis.T
         eigenvalues[h], vectors = eigen(root @ covariance[h] @ root)
         analysis[h] = root @ vectors
     return analysis, eigenvalues
