@@ -79,18 +79,22 @@ def _results(pattern: str) -> list[dict[str, Any]]:
     return sorted(read, key=lambda r: ("tiny" not in r["model"], r["model"], r.get("mode", ""), r.get("context", 0)))
 
 
+def _shortest(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [r for r in results if r["context"] == min(s["context"] for s in results)]
+
+
 def tables() -> dict[str, str]:
     """Marker -> table."""
     quality = _results("quality-*.json")
     decode = [r for r in quality if r["mode"] == "decode"]
-    short = [r for r in decode if r["context"] == min(d["context"] for d in decode)]
     return {
         "quality": "\n\n".join(
-            [quality_tables.by_domain(r) for r in short]
+            [quality_tables.by_domain(r) for r in _shortest(decode)]
             + [f(quality) for f in (quality_tables.summary, quality_tables.targets)]
             + [quality_tables.predictions(decode)]
         ),
         "recall": quality_tables.recall(_results("recall-*.json")),
+        "outliers": quality_tables.outliers(_results("outliers-*.json")),
         "calibration": quality_tables.calibrations(_results("calibration-*.json")),
         "models": models(json.loads((RESULTS / "models.json").read_text())),
         "memory": memory(json.loads((RESULTS / "memory.json").read_text())),
@@ -104,7 +108,7 @@ def main() -> None:
     args = parser.parse_args()
     if not args.check:
         decode = [r for r in _results("quality-*.json") if r["mode"] == "decode"]
-        quality_tables.plot(decode, RESULTS / "quality.png")
+        quality_tables.plot(_shortest(decode), RESULTS / "quality.png")
     old = new = README.read_text("utf-8")
     for marker, table in tables().items():
         pattern = rf"(<!-- {marker} -->\n).*?(<!-- /{marker} -->)"
