@@ -239,6 +239,13 @@ def test_a_budget_is_kept_while_gradients_are_taken(monkeypatch):
     assert peaks[1] < 1.1 * budget
 
 
+def test_nothing_of_a_probe_stays_in_memory():
+    model = tiny_model()
+    before = mx.get_active_memory()
+    memory_budget._peak(lambda n, c: gradients(model, c, n), 256, True)
+    assert mx.get_active_memory() - before < 10_000
+
+
 def test_too_small_a_budget_is_refused():
     with pytest.raises(ValueError, match=r'memory_budget is 1,000 bytes; expected at least .* objective="variance"'):
         quick(tiny_model(), memory_budget=1000)

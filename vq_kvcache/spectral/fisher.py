@@ -6,6 +6,7 @@ exact window and the sinks: near positions read the unperturbed tensors. See REA
 """
 
 import contextlib
+import gc
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -99,6 +100,8 @@ def gather(
             pair[0].update(arrays[0], arrays[1], i, keep)
             pair[1].update(arrays[2], arrays[3], i, keep)
             kept_bytes += 4 * sum(a.size for a in arrays) if keep else 0
+        del arrays_of
+        gc.collect()  # gradients leave cycles of closures, which hold arrays
         report(i + 1)
 
 

@@ -1,5 +1,6 @@
 """How long sequences may be, how many at once, and what must be computed twice, so that calibration fits a budget."""
 
+import gc
 import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -61,7 +62,9 @@ def _peak(run: Callable[[int, bool], Any], tokens: int, checkpoint: bool) -> int
     mx.reset_peak_memory()
     before = mx.get_active_memory()
     mx.eval(run(tokens, checkpoint))
-    return max(mx.get_peak_memory() - before, 0)
+    peak = mx.get_peak_memory()
+    gc.collect()  # gradients leave cycles of closures, which hold arrays
+    return max(peak - before, 0)
 
 
 def _at_once(fitting: int) -> int:
