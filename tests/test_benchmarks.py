@@ -7,11 +7,12 @@ import bound
 import measure
 import mlx.core as mx
 import numpy as np
+import outliers
 import pytest
 import quality
 import quality_tables
 import recall
-from conftest import tiny_model
+from conftest import like_calibrated, random_codec, tiny_model
 from mlx_lm.generate import maybe_quantize_kv_cache
 from tqdm import tqdm
 
@@ -100,6 +101,23 @@ class Bytes:
 
     def encode(self, text, add_special_tokens=True):
         return list(text.encode("ascii", "replace"))
+
+
+@pytest.mark.parametrize("criterion", ["energy", "error"])
+def test_tokens_that_fit_badly_stay_exact_and_are_counted(criterion):
+    codec = random_codec(heads=2, key_dims=32)
+    part = outliers.parts_of(codec, 2.0, criterion)[0, "keys"]
+    x = like_calibrated(codec.layers[0][0], 1, 100)
+    x[0, :, 7] = codec.layers[0][0].mean + 6 * (x[0, :, 7] - codec.layers[0][0].mean)
+    scores = np.array(part.scores(x, part.decoded(x)))[0]
+    assert scores.argmax() == 7
+    if criterion == "energy":
+        assert np.delete(scores, 7).mean() == pytest.approx(1.0, rel=0.1)
+    part.threshold = float(np.sort(scores)[-2])
+    changed = np.array(part.change(x))
+    exact = (changed == np.array(x)).all(axis=(0, 1, 3))
+    assert np.flatnonzero(exact).tolist() == [7]
+    assert (part.exact, part.tokens) == (1, 100)
 
 
 def test_cells_say_how_far_and_how_sure():
