@@ -48,8 +48,8 @@ def by_domain(result: Result) -> str:
     shown = {method: cells for method in SHOWN if (cells := cells_of(result, method)) is not None}
     errors = [(c["kl_standard_error"] or 0) / c["kl"] for cells in shown.values() for c in cells]
     lines = [
-        f"**{result['model']}**, context {result['context']:,}, {result['mode']}, {min(positions):,} to "
-        f"{max(positions):,} positions a domain: mean KL (top-1 agreement). Standard errors are "
+        f"**{result['model']}**, context {result['context']:,}, {result['mode']}, at least {min(positions):,} positions "
+        f"a domain: mean KL (top-1 agreement). Standard errors are "
         f"{np.median(errors):.0%} in the median and {max(errors):.0%} at most.",
         "",
         "| cache | true bits | " + " | ".join(domains) + " |",
@@ -131,33 +131,40 @@ def _code_ratio(result: Result) -> str:
 def predictions(results: list[Result]) -> str:
     """Predicted KL against the measured one, and the distance to the bound, at one model, context and mode each."""
     lines = [
-        "Predicted KL, and the one measured on domains like the calibration text "
-        f"({', '.join(LIKE_CALIBRATION)}, mean); distance to the rate-distortion bound in bits, all domains, "
-        "with rings and of codes that stand alone:",
+        "Predicted KL over the one measured on domains like the calibration text "
+        f"({', '.join(LIKE_CALIBRATION)}, mean), and in brackets the distance to the rate-distortion bound in bits "
+        "(all domains), where it was measured:",
         "",
-        "| model, context | bits | predicted | measured | ratio | bits above the bound | alone |",
-        "|---|---|---|---|---|---|---|",
+        "| | " + " | ".join(f"{bits} bits" for bits in results[0]["predicted_kl"]) + " |",
+        "|---|" + "---|" * len(results[0]["predicted_kl"]),
     ]
     for result in results:
         curve = {float(b): kl for b in bound.BITS if (kl := mean_kl(result, f"bound {b:g}"))}
+        shown = []
         for bits, predicted in result["predicted_kl"].items():
-            if (cells := cells_of(result, f"spectral {bits}")) is None:
-                continue
-            found = [c["kl"] for c, d in zip(cells, domains_of(result), strict=True) if d in LIKE_CALIBRATION]
-            measured = sum(found) / len(found)
-            lines.append(
-                f"| {result['model']} {result['context']:,} | {bits} | {predicted:.5f} | {measured:.5f} | "
-                f"{predicted / measured:.2f} | {_above(result, 'spectral', bits, curve)} | "
-                f"{_above(result, 'scalar', bits, curve)} |"
-            )
+            cells = cells_of(result, f"spectral {bits}") or []
+            found = [c["kl"] for c, d in zip(cells, domains_of(result), strict=False) if d in LIKE_CALIBRATION]
+            above = _above(result, bits, curve)
+            shown.append(f"{predicted * len(found) / sum(found):.2f}{above and f' ({above})'}" if found else "")
+        lines.append(f"| {_name(result)} | " + " | ".join(shown) + " |")
     return "\n".join(lines)
 
 
-def _above(result: Result, method: str, bits: str, curve: dict[float, float]) -> str:
-    kl = mean_kl(result, f"{method} {bits}")
-    return (
-        f"{float(bits) - bound.bits_at(kl, curve):.2f}" if kl and len(curve) > 1 and float(bits) <= max(curve) else ""
-    )
+def _above(result: Result, bits: str, curve: dict[float, float]) -> str:
+    kl = mean_kl(result, f"spectral {bits}")
+    known = kl and len(curve) > 1 and float(bits) <= max(curve)
+    return f"{float(bits) - bound.bits_at(kl, curve):.2f}" if known else ""
+
+
+def rings(results: list[Result]) -> str:
+    """Bits that rings save at equal KL, against codes that stand alone, on the same texts."""
+    told = []
+    for result in results:
+        both = [{float(n.split()[-1]): kl for n in names if (kl := mean_kl(result, n))} for names in (
+            [f"{kind} {b}" for b in result["predicted_kl"]] for kind in ("spectral", "scalar"))]  # fmt: skip
+        saved = [f"{bound.bits_at(kl, both[1]) - b:.2f} at {b:g}" for b, kl in both[0].items()]
+        told.append(f"{result['model']}: {', '.join(saved)}")
+    return f"Bits that rings save at equal KL, against a codec of codes that stand alone: {'; '.join(told)} bits."
 
 
 def recall(results: list[Result]) -> str:
