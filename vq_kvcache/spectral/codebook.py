@@ -90,7 +90,7 @@ def quantize(z: mx.array, bits: int) -> mx.array:
 
 
 def fused(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function` of arrays of any shape as one kernel on a CPU. Nothing in it may take its shape from anything but them.
+    """`function` of arrays of any shape as one kernel on a CPU. Nothing in it may take its shape from anything else.
 
     On a GPU its operations stay apart: CUDA would compile every fused kernel anew in each process, for one to three
     seconds apiece, and a calibration or a prompt needs dozens; what must be fast there is in kernels/.
