@@ -53,8 +53,8 @@ ATTEND = Body(
     ("q", "keys", "values", *CHUNK_NAMES, "rows", "fold", "mean", "table", "levels", "params", "scale", "hidden",
      "added"),
     ("sums", "outputs"),
-    "vq_attend<T, DK, DV, KROWS, VROWS, WARPS, STAGE>(q, keys, values, VQ_CHUNK_NAMES, rows, fold, mean, table, levels, "
-    "params, scale, hidden, added, sums, outputs, vq_shared, vq_x, vq_y, vq_z, vq_thread);\n",
+    "vq_attend<T, DK, DV, KROWS, VROWS, WARPS, STAGE>(q, keys, values, VQ_CHUNK_NAMES, rows, fold, mean, table, "
+    "levels, params, scale, hidden, added, sums, outputs, vq_shared, vq_x, vq_y, vq_z, vq_thread);\n",
 )  # fmt: skip
 MERGE = Body(
     "merge",
@@ -73,7 +73,7 @@ DECODE = Body(
     "decode",
     (*CHUNK_NAMES, "table", "levels", "params"),
     ("result",),
-    "(void)vq_shared;\nvq_decode<E>(VQ_CHUNK_NAMES, table, levels, params, result, vq_shared, vq_x, vq_y, vq_z, vq_thread);\n",
+    "vq_decode<E>(VQ_CHUNK_NAMES, table, levels, params, result, vq_shared, vq_x, vq_y, vq_z, vq_thread);\n",
 )
 
 
