@@ -48,8 +48,8 @@ def by_domain(result: Result) -> str:
     shown = {method: cells for method in SHOWN if (cells := cells_of(result, method)) is not None}
     errors = [(c["kl_standard_error"] or 0) / c["kl"] for cells in shown.values() for c in cells]
     lines = [
-        f"**{result['model']}**, context {result['context']:,}, {result['mode']}, at least {min(positions):,} "
-        f"positions a domain: mean KL (top-1 agreement). Standard errors are "
+        f"**{result['model']}**, context {result['context']:,}, {result['mode']}, {result['machine']['device']}, at "
+        f"least {min(positions):,} positions a domain: mean KL (top-1 agreement). Standard errors are "
         f"{np.median(errors):.0%} in the median and {max(errors):.0%} at most.",
         "",
         "| cache | true bits | " + " | ".join(domains) + " |",
