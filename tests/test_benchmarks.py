@@ -81,6 +81,38 @@ def test_ratios_are_geometric_means_with_paired_errors():
     assert apart == pytest.approx((1.0, 0.5))
 
 
+def result(**kl):
+    """A result in which every domain has these KLs, but drama twice as large ones."""
+    cells = {
+        f"{domain}/{name.replace('_', ' ')}": {"kl": value * (2 if domain == "drama" else 1)}
+        for domain in quality.DOMAINS
+        for name, value in kl.items()
+    }
+    return {"model": "m", "context": 64, "mode": "decode", "cells": cells, "predicted_kl": {"2": 0.004}}
+
+
+def test_predictions_are_held_against_domains_like_the_calibrations_and_bounds_against_all():
+    made = result(spectral_2=0.002, bound_1=0.004, bound_2=0.001)
+    assert quality_tables.predictions([made]).endswith("| m 64 decode | 2.00 (0.50) |")
+    assert quality_tables.predictions([result(spectral_2=0.002)]).endswith("| m 64 decode | 2.00 |")
+
+
+def test_rings_save_the_bits_that_codes_alone_need_for_the_same_kl():
+    made = result(
+        **{f"{kind}_{b}": 4.0**-b * more for b in (1, 2) for kind, more in (("spectral", 0.5), ("scalar", 1))}
+    )
+    made["predicted_kl"] = {"1": 0.1, "2": 0.1, "3": 0.1}
+    assert quality_tables.rings([made]).endswith("m: 0.50 at 1, 0.50 at 2 bits.")
+
+
+def test_code_is_compared_with_prose_as_it_is_under_the_random_rotation():
+    made = result(spectral_2=0.002, random_rotation_3=0.004)
+    assert quality_tables._code_ratio(made) == "1.00"
+    made["cells"]["python/spectral 2"]["kl"] *= 3
+    made["cells"]["python/random rotation 3"]["kl"] *= 2
+    assert quality_tables._code_ratio(made) == "1.50"
+
+
 def test_facts_are_asked_for_where_they_were_planted():
     planted, without, answers = recall.rows_of(Bytes(), 300, 3)
     assert planted.shape == without.shape == answers.shape
