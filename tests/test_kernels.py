@@ -9,7 +9,7 @@ import oracle
 import pytest
 from conftest import numpy
 
-from vq_kvcache import doctor, kernels
+from vq_kvcache import attention, doctor, kernels
 from vq_kvcache.kernels import launches
 
 PLACE = "host" if mx.default_device().type == mx.DeviceType.cpu else kernels.backend()
@@ -57,3 +57,43 @@ def test_decoding_gives_the_levels_of_plain_operations(bits, dtype):
         (found,) = run(launches.decode(held, part, 1, 2, dtype), PLACE)
         error = np.abs(numpy(found[..., : held.packed_tokens]) - numpy(expected)).max()
         assert error <= (4e-3 if dtype == mx.float16 else 1e-5)
+
+
+def test_a_tile_may_hold_a_part_of_the_dims(monkeypatch):
+    monkeypatch.setattr(launches, "tile_rows", lambda dims: dims // 2)
+    case = doctor.Case(128, 64, bits=3.0, length=2, mask="causal")
+    error, own = doctor.compare(case, PLACE, run)
+    assert error <= doctor.allowed(case, own)
+
+
+def test_a_back_end_that_is_not_here_is_refused(monkeypatch):
+    monkeypatch.setenv(kernels.VARIABLE, "metal")
+    with pytest.raises(RuntimeError, match="VQ_KVCACHE_BACKEND='metal', but the default device is"):
+        kernels.backend()
+
+
+def test_plain_operations_can_be_asked_for(monkeypatch):
+    monkeypatch.setenv(kernels.VARIABLE, "ops")
+    assert kernels.backend() == "ops"
+
+
+def test_kernels_that_are_wrong_are_not_used_and_it_is_said(monkeypatch):
+    monkeypatch.setattr(doctor, "attend_codes", lambda held, queries, *rest: mx.zeros_like(queries))
+    attention.trusted.cache_clear()
+    with pytest.warns(UserWarning, match="the cuda kernels do not work here .*error .*plain operations are used"):
+        assert not attention.trusted("cuda", 64, 64, mx.float16)
+    attention.trusted.cache_clear()
+
+
+def test_kernels_that_are_right_are_used(monkeypatch):
+    monkeypatch.setattr(kernels, "run", run)
+    attention.trusted.cache_clear()
+    monkeypatch.setattr(doctor, "compare", lambda case, place, own=doctor.compare: own(case, PLACE, run))
+    assert attention.trusted("cuda", 64, 64, mx.float16)
+    attention.trusted.cache_clear()
+
+
+def test_doctor_says_where_it_is(capsys):
+    assert doctor.main(["--only", "head_dim 64 heads 8/2 queries 2 batch 1 tokens 260"]) == 0
+    told = capsys.readouterr().out
+    assert ("no kernels here" in told) == (kernels.backend() == "ops")

@@ -12,6 +12,7 @@ OWN = {
     "inspect": "what is packed of a model, a codec or a prompt cache, and what it costs",
     "calibrate": "make the codec of a model now",
     "codecs": "list, export, import or remove the codecs of this machine",
+    "doctor": "compare the kernels of this machine with attention in float64",
     "patch": "give the installed mlx_lm commands the option --kv-cache spectral, or take it back",
 }
 MODULES = {"inspect": "inspection", "calibrate": "calibration", "codecs": "library", "patch": "patching"}

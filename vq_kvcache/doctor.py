@@ -1,6 +1,7 @@
 """Do the kernels work on this machine? They are compared with attention in float64: three cases before a
 process first uses a variant, the whole table by `vq_kvcache doctor`."""
 
+import argparse
 import dataclasses
 import functools
 import itertools
@@ -10,6 +11,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
+from tqdm import tqdm
 
 from . import kernels
 from .attention import Mask, Run, attend_codes
@@ -220,3 +222,27 @@ def first_wrong(place: str, key_dims: int, value_dims: int, dtype: mx.Dtype) -> 
         if found > allowed(case, stock):
             return f"{case}: error {found:.2g}, MLX's own {stock:.2g}"
     return ""
+
+
+def main(argv: list[str]) -> int:
+    """`vq_kvcache doctor`: the whole table on this machine's back-end; 1 when a case is wrong."""
+    parser = argparse.ArgumentParser(prog="vq_kvcache doctor", description=__doc__)
+    parser.add_argument("--only", default="", help="cases whose description holds this, such as bfloat16")
+    only = parser.parse_args(argv).only
+    place = kernels.backend()
+    print(f"device {mx.default_device()}, back-end {place}")
+    if place == "ops":
+        print("no kernels here: attention on codes runs in plain operations")
+        return 0
+    cases, wrong = [c for c in table() if only in str(c)], 0
+    for case in tqdm(cases, unit="case"):
+        try:
+            found, stock = compare(case, place)
+            told = f"error {found:.2g}, MLX's own {stock:.2g}"
+        except RuntimeError as error:
+            found, stock, told = float("inf"), 0.0, str(error).strip().splitlines()[0]
+        if not found <= allowed(case, stock):
+            wrong += 1
+            tqdm.write(f"wrong: {case}: {told}")
+    print(f"{len(cases) - wrong} of {len(cases)} cases right")
+    return int(wrong > 0)

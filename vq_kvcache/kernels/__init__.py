@@ -1,6 +1,6 @@
-"""One kernel text for Metal, CUDA and the host: read it, choose the back-end, build once, launch.
+"""One kernel text for CUDA and the host, Metal to come: read it, choose the back-end, build once, launch.
 
-header = a prelude (metal.h, cuda.h; host.h in tests) + helpers + body; source = the back-end's prologue + one call.
+header = a prelude (cuda.h; host.h in tests) + helpers + body; source = the back-end's prologue + one call.
 Numbers that change from step to step come in `params`, widths and words in `table`, so one variant for each dtype and
 head_dim serves every layer of every model.
 """
@@ -17,18 +17,13 @@ import mlx.core as mx
 
 from ..chunks import MAX_CHUNKS
 
-Backend = Literal["metal", "cuda", "ops"]
+Backend = Literal["cuda", "ops"]
 VARIABLE = "VQ_KVCACHE_BACKEND"
 FOLDER = pathlib.Path(__file__).resolve().parent
 TEXTS = ("helpers.h", "products.h", "attend.h", "merge.h", "encode.h", "decode.h")
 
-# Where a thread group is, as every call of a body wants it. MLX finds Metal's attributes only in this text.
+# Where a thread group is, as every call of a body wants it.
 PROLOGUES = {
-    "metal": (
-        "const int vq_x = threadgroup_position_in_grid.x, vq_y = threadgroup_position_in_grid.y,\n"
-        "          vq_z = threadgroup_position_in_grid.z, vq_thread = thread_index_in_threadgroup;\n"
-        "threadgroup float vq_shared[SHARED];\n"
-    ),
     "cuda": (
         "const int vq_x = blockIdx.x, vq_y = blockIdx.y, vq_z = blockIdx.z, vq_thread = threadIdx.x;\n"
         "extern __shared__ float4 vq_space[];\n"
@@ -104,7 +99,7 @@ def backend() -> Backend:
     """
     wanted = os.environ.get(VARIABLE, "")
     gpu = mx.default_device().type == mx.DeviceType.gpu
-    here: Backend = "ops" if not gpu else "metal" if mx.metal.is_available() else "cuda"
+    here: Backend = "cuda" if gpu and mx.cuda.is_available() else "ops"  # there is no prelude for Metal yet
     if wanted in ("", here):
         return here
     if wanted == "ops":
@@ -121,22 +116,19 @@ def _kernel(body: Body, place: str, shared: int) -> Any:
     source = PROLOGUES[place] + body.call
     name = f"vq_{body.name}_{hashlib.sha256((header + source).encode()).hexdigest()[:12]}"
     names: dict[str, Any] = {"input_names": list(body.inputs), "output_names": list(body.outputs)}
-    if place == "metal":
-        return mx.fast.metal_kernel(name=name, **names, source=source, header=header)
     # The name tells variants apart, and so must their shared memory.
     return mx.fast.cuda_kernel(name=f"{name}_{shared}", **names, source=source, header=header, shared_memory=shared)
 
 
 def run(launch: Launch, place: str) -> list[mx.array]:
-    """Launch on "metal" or "cuda"; the outputs, lazy."""
+    """Launch at `place`; the outputs, lazy."""
     x, y, z = launch.groups
-    template = list(launch.template) + ([("SHARED", max(launch.shared // 4, 1))] if place == "metal" else [])
     result: list[mx.array] = _kernel(launch.body, place, launch.shared)(
         inputs=list(launch.inputs),
         output_shapes=list(launch.output_shapes),
         output_dtypes=list(launch.output_dtypes),
         grid=(x * launch.threads, y, z),
         threadgroup=(launch.threads, 1, 1),
-        template=template,
+        template=list(launch.template),
     )
     return result

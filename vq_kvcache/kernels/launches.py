@@ -20,7 +20,6 @@ QUERIES = 16  # of a thread group
 HEAD_DIMS = (64, 80, 96, 112, 128, 192, 256)
 MASK_KINDS = {"none": 0, "causal": 1, "bool": 2, "added": 3}
 MOST_QUERIES = 16  # tokens at once that `attend` takes; prompts go another way
-METAL_SHARED_BYTES = 32768
 MERGE_THREADS = 128
 ENCODE_THREADS = 128
 _COEFFICIENTS = 8
@@ -145,12 +144,9 @@ def _mask_inputs(mask: Any, head_count: int) -> tuple[int, tuple[int, int, int, 
     return MASK_KINDS["added"], strides, hidden, flat.astype(mx.float32)
 
 
-def tile_rows(dims: int, element: int, place: str) -> int:
-    """Dims that a tile holds at once: all of them, or on Metal, which has 32 KB a thread group, a part of them."""
-    if place != "metal":
-        return dims
-    room = (32768 - 1024 - QUERIES * (dims + 8) * element) // (72 * element)
-    return next(rows for rows in range(dims, 0, -16) if dims % rows == 0 and rows <= room)
+def tile_rows(dims: int) -> int:
+    """Dims that a tile holds at once; a divisor of `dims`, a multiple of 16."""
+    return dims
 
 
 def shared_bytes(key_dims: int, value_dims: int, rows: int, element: int, warps: int, stage: int, place: str) -> int:
@@ -182,7 +178,7 @@ def head_words(keys: SpectralQuantizer, values: SpectralQuantizer) -> int:
     return max(sum(s[h + 1] - s[h] for s in starts) for h in range(keys.layout.heads))
 
 
-GROUPS = {"cuda": 264, "metal": 320, "host": 24}  # that fill a GPU: two on each of 132 multiprocessors
+GROUPS = {"cuda": 264, "host": 24}  # that fill a GPU: two on each of 132 multiprocessors
 
 
 def attend(
@@ -195,9 +191,9 @@ def attend(
     group, planes = query_heads // heads, batch * heads
     row_tiles = -(-group * length // QUERIES)
     element = 4 if queries.dtype == mx.float32 else 2
-    stage = 0 if place == "metal" else next(n for n in STAGES if n >= head_words(keys, values))
+    stage = next(n for n in STAGES if n >= head_words(keys, values))
     warps = warps_of(key_dims, value_dims, element, stage, place)
-    key_rows, value_rows = (tile_rows(d, element, place) for d in (key_dims, value_dims))
+    key_rows, value_rows = tile_rows(key_dims), tile_rows(value_dims)
     layout = snapshot.layout
     words, counts, tiles = _chunk_inputs(snapshot)
     exact_most = max(s + layout.window_end - w for s, w in zip(layout.held_sinks, layout.window_start, strict=True))
@@ -320,7 +316,7 @@ def decode_heads(snapshot: "Snapshot", part: int, first_head: int, heads: int, p
     return (product.astype(mx.float32) * factor + mean).astype(dtype)
 
 
-def fits(snapshot: "Snapshot", queries: mx.array, place: str) -> bool:
+def fits(snapshot: "Snapshot", queries: mx.array) -> bool:
     """Whether the kernels take these operands."""
     keys, values = snapshot.key_quantizer, snapshot.value_quantizer
     if not (isinstance(keys, SpectralQuantizer) and isinstance(values, SpectralQuantizer)):
@@ -333,10 +329,4 @@ def fits(snapshot: "Snapshot", queries: mx.array, place: str) -> bool:
         or head_words(keys, values) > STAGES[-1]
     ):
         return False
-    if not (keys.words and values.words and set(dims) <= set(HEAD_DIMS) and len(types) == 1):
-        return False
-    if place != "metal":
-        return True
-    element = 4 if queries.dtype == mx.float32 else 2
-    rows = max(tile_rows(d, element, place) for d in dims)
-    return shared_bytes(*dims, rows, element, 1, 0, place) <= METAL_SHARED_BYTES
+    return bool(keys.words and values.words and set(dims) <= set(HEAD_DIMS) and len(types) == 1)

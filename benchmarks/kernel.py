@@ -1,0 +1,102 @@
+"""How long does attention on the codes take on this GPU, beside mx.fast.scaled_dot_product_attention in bfloat16?
+
+    python benchmarks/kernel.py
+
+Shape of Llama-3.1-8B (32 query heads, 8 KV heads of 128), random codes, one query a row. Times are medians of five
+runs of 60 evaluations; bytes are those of the codes (or of bfloat16 keys and values), also as a share of what a copy
+of 2 GB moves. `attend` is the kernel on the codes alone, `whole` with the merging of its splits.
+"""
+
+import argparse
+import itertools
+import json
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import measure
+import mlx.core as mx
+from tqdm import tqdm
+
+from vq_kvcache import doctor, kernels
+from vq_kvcache.kernels import launches
+from vq_kvcache.rows import rows_of
+from vq_kvcache.storage import Snapshot
+
+HEADS, GROUP, DIMS = 8, 4, 128
+SHAPES = ((131072, 1), (32768, 8), (32768, 1), (8192, 1))  # tokens, batch
+EXACT = 208
+ROTATED_BYTES = 2e8  # inputs are rotated until they no longer fit a cache
+
+
+def microseconds(calls: Sequence[Callable[[], Any]], count: int = 60) -> float:
+    """Median time of one call, in turn from `calls`."""
+    mx.eval([call() for call in calls])
+    times = []
+    for _ in range(5):
+        start = time.perf_counter()
+        mx.eval([call() for call in itertools.islice(itertools.cycle(calls), count)])
+        mx.synchronize()
+        times.append((time.perf_counter() - start) / count * 1e6)
+    return sorted(times)[2]
+
+
+def copy_rate() -> float:
+    """Bytes read and written per second by an elementwise operation on 2 GB."""
+    x = mx.zeros((1 << 29,), mx.uint32)
+    mx.eval(x)
+    return 2 * x.nbytes / microseconds([lambda: x + 1], 6) * 1e6
+
+
+def full_precision(tokens: int, batch: int, queries: mx.array) -> float:
+    """Time of MLX's own attention."""
+    sets = min(8, int(ROTATED_BYTES // (4 * batch * tokens * HEADS * DIMS)) + 1)
+    shape = (batch, HEADS, tokens, DIMS)
+    held = [tuple(mx.random.normal(shape).astype(mx.bfloat16) for _ in range(2)) for _ in range(sets)]
+    mx.eval(held)
+    return microseconds(
+        [lambda k=k, v=v: mx.fast.scaled_dot_product_attention(queries, k, v, scale=DIMS**-0.5) for k, v in held]
+    )
+
+
+def snapshot(tokens: int, batch: int, bits: float) -> Snapshot:
+    """A cache of random codes."""
+    keys, values = (doctor.quantizer(DIMS, HEADS, bits, seed) for seed in (0, 1))
+    packed = (tokens - EXACT) // 4 * 4
+    words = mx.random.randint(0, 2**31, (batch, keys.words + values.words, packed)).astype(mx.uint32)
+    exact = [mx.random.normal((batch, HEADS, 256, DIMS)).astype(mx.bfloat16) for _ in range(2)]
+    mx.eval(words, exact)
+    rows = rows_of((4,) * batch, (4,) * batch, EXACT, (packed,) * batch)
+    return Snapshot(exact[0], exact[1], ((words, packed),), rows, keys, values)
+
+
+def main() -> None:
+    """Measure every shape and width, and write results/kernel.json."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--bits", default="1,2,3,4")
+    args = parser.parse_args()
+    place, scale = kernels.backend(), DIMS**-0.5
+    if place == "ops":
+        raise SystemExit(f"no kernels on {mx.default_device()}; expected a GPU that has them; run this on one.")
+    start = time.perf_counter()
+    wrong = doctor.first_wrong(place, DIMS, DIMS, mx.bfloat16)
+    first_use, rate, rows = time.perf_counter() - start, copy_rate(), []
+    bits = [float(b) for b in args.bits.split(",")]
+    for tokens, batch in tqdm(SHAPES, unit="shape"):
+        queries = mx.random.normal((batch, HEADS * GROUP, 1, DIMS)).astype(mx.bfloat16)
+        full = full_precision(tokens, batch, queries)
+        for b in bits:
+            held = snapshot(tokens, batch, b)
+            launch, _ = launches.attend(held, queries, scale, None, None, place)
+            whole = microseconds([lambda h=held, q=queries: doctor.attend_codes(h, q, scale, None, None, place)])
+            attend = microseconds([lambda x=launch: kernels.run(x, place)])
+            share = held.packed[0][0].nbytes / (attend * 1e-6) / rate
+            rows.append({"tokens": tokens, "batch": batch, "bits": b, "full_us": full, "whole_us": whole,
+                         "attend_us": attend, "share_of_copy_rate": share})  # fmt: skip
+    result = {"wrong": wrong, "first_use_s": first_use, "copy_bytes_per_s": rate, "rows": rows}
+    measure.save(measure.RESULTS / "kernel.json", result)
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
