@@ -46,9 +46,9 @@ def memory(result: dict[str, Any]) -> str:
 def kernel(result: dict[str, Any]) -> str:
     """Times of attention on codes, beside those of MLX's own."""
     lines = [
-        f"{result['machine']['device']}, shape of Llama-3.1-8B, microseconds of one layer's attention for one new token:",
+        f"{result['machine']['device']}, shape of Llama-3.1-8B, microseconds of a layer's attention for one new token:",
         "",
-        "| context, batch | bits | MLX's attention, bfloat16 | on codes | of that, the splits | share of the copy rate |",
+        "| context, batch | bits | MLX's attention, bfloat16 | on codes | the splits alone | share of the copy rate |",
         "|---|---|---|---|---|---|",
     ]
     for row in result["rows"]:
