@@ -43,6 +43,23 @@ def memory(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def kernel(result: dict[str, Any]) -> str:
+    """Times of attention on codes, beside those of MLX's own."""
+    lines = [
+        f"{result['machine']['device']}, shape of Llama-3.1-8B, microseconds of a layer's attention for one new token:",
+        "",
+        "| context, batch | bits | MLX's attention, bfloat16 | on codes | the splits alone | share of the copy rate |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in result["rows"]:
+        lines.append(
+            f"| {row['tokens']:,}, {row['batch']} | {row['bits']:g} | {row['full_us']:.0f} | {row['whole_us']:.0f} | "
+            f"{row['attend_us']:.0f} | {row['share_of_copy_rate']:.1%} |"
+        )
+    lines += ["", f"First use compiles the kernels: {result['first_use_s']:.0f} s."]
+    return "\n".join(lines)
+
+
 def models(result: dict[str, Any]) -> str:
     """The sweep over model modules, by class."""
     rows = result["models"]
@@ -98,6 +115,7 @@ def tables() -> dict[str, str]:
         "outliers": quality_tables.outliers(_results("outliers-*.json")),
         "calibration": quality_tables.calibrations(_results("calibration-*.json")),
         "models": models(json.loads((RESULTS / "models.json").read_text())),
+        "kernel": kernel(json.loads((RESULTS / "kernel.json").read_text())),
         "memory": memory(json.loads((RESULTS / "memory.json").read_text())),
     }
 

@@ -17,7 +17,7 @@ from .attention import Mask
 from .batch_storage import BatchStorage
 from .cache import Planned, SpectralKVCache, View
 from .chunks import Chunk, Chunks
-from .drift import Drift, warn_once
+from .drift import warn_once
 from .spectral.codec import Plan
 from .spectral.intercept import Handle
 from .storage import BLOCK, LAG, Snapshot
@@ -244,66 +244,6 @@ class BatchSpectralKVCache(Planned, BatchKVCache):  # type: ignore[misc]  # mlx-
             batch._storage = BatchStorage.joined([storage or template.empty_rows(1) for storage in held])
         return batch
 
-    # -- what pipelines touch
-
-    @property
-    def keys(self) -> mx.array | None:
-        """The exact keys' buffer [B, H, capacity, Dk]: pipelines hang dependencies on it. Not all keys."""
-        return None if self._storage is None else self._storage.exact_keys
-
-    @keys.setter
-    def keys(self, value: mx.array) -> None:
-        self._buffers().exact_keys = value
-
-    @property
-    def values(self) -> mx.array | None:
-        """The exact values' buffer [B, H, capacity, Dv]."""
-        return None if self._storage is None else self._storage.exact_values
-
-    @values.setter
-    def values(self, value: mx.array) -> None:
-        self._buffers().exact_values = value
-
-    # -- copies and files
-
-    @property
-    def state(self) -> Any:
-        """Everything held, as in SpectralKVCache: a description, then the arrays."""
-        return self._as_state(self._describe(), [] if self._storage is None else self._storage.arrays)
-
-    @state.setter
-    def state(self, value: Any) -> None:
-        text, arrays = self._of_state(value)
-        self._restore(self._read_description(text), arrays)
-
-    @property
-    def meta_state(self) -> Any:
-        """Empty: `state` says it all. For mlx-lm < 0.32."""
-        return ""
-
-    @meta_state.setter
-    def meta_state(self, value: Any) -> None:
-        if value:
-            raise ValueError("a BatchSpectralKVCache has no meta_state; expected an empty one; make the file again.")
-
-    @classmethod
-    def from_state(cls, state: Any, meta_state: Any = None) -> "BatchSpectralKVCache":
-        """A cache from what `state` gave; its codec is found by the name in it."""
-        cache = cls.__new__(cls)
-        cache.state, cache.meta_state = state, meta_state
-        return cache
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "BatchSpectralKVCache":
-        twin = type(self).__new__(type(self))
-        twin.__dict__.update(self.__dict__)
-        twin._storage = None if self._storage is None else self._storage.copy()
-        return twin
-
-    @property
-    def drift(self) -> Drift | None:
-        """As SpectralKVCache.drift, over all rows."""
-        return None if self._storage is None else self._storage.drift.read()
-
     # -- inside
 
     @property
@@ -346,11 +286,6 @@ class BatchSpectralKVCache(Planned, BatchKVCache):  # type: ignore[misc]  # mlx-
         if self._storage is None:
             quantizers = self._quantizers(keys, values)
             self._storage = BatchStorage(*quantizers, self._window, self._sinks, keys, values)
-        return self._storage
-
-    def _buffers(self) -> BatchStorage:
-        if self._storage is None:
-            raise ValueError("the cache is empty; expected keys and values; append some first.")
         return self._storage
 
     def _describe(self) -> str:

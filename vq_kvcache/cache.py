@@ -103,7 +103,10 @@ class View:
 
 
 class Planned:
-    """What a cache of one layer is packed by: plan, layer, window and sinks."""
+    """What a cache of one layer is packed by (plan, layer, window and sinks), and what both kinds of caches do alike
+    with what they hold."""
+
+    _storage: Any
 
     _plan: Plan | None
     _plan_name: str
@@ -196,6 +199,18 @@ class Planned:
                 "again."
             ) from None
 
+    def _describe(self) -> str:
+        raise NotImplementedError
+
+    def _restore(self, held: dict[str, Any], arrays: list[mx.array]) -> None:
+        raise NotImplementedError
+
+    def _buffers(self) -> Any:
+        """The storage; ValueError before the first append."""
+        if self._storage is None:
+            raise ValueError("the cache is empty; expected keys and values; append some first.")
+        return self._storage
+
     def _read_held(self, fields: dict[str, Any]) -> dict[str, Any]:
         raise NotImplementedError
 
@@ -203,6 +218,68 @@ class Planned:
     def _require_arrays(arrays: list[mx.array], count: int) -> None:
         if len(arrays) != count or any(a.ndim != 4 for a in arrays[:2]):
             raise ValueError(f"the saved state holds {len(arrays)} arrays; expected {count}; the file is damaged.")
+
+    # -- what pipelines touch
+
+    @property
+    def keys(self) -> mx.array | None:
+        """The exact keys' buffer [B, H, capacity, Dk]: pipelines hang dependencies on it. Not all
+        keys: see `SpectralKVCache.to_kvcache`."""
+        return None if self._storage is None else self._storage.exact_keys
+
+    @keys.setter
+    def keys(self, value: mx.array) -> None:
+        self._buffers().exact_keys = value
+
+    @property
+    def values(self) -> mx.array | None:
+        """The exact values' buffer [B, H, capacity, Dv]."""
+        return None if self._storage is None else self._storage.exact_values
+
+    @values.setter
+    def values(self, value: mx.array) -> None:
+        self._buffers().exact_values = value
+
+    # -- copies and files
+
+    @property
+    def state(self) -> Any:
+        """Everything held: a description, then the arrays."""
+        return self._as_state(self._describe(), [] if self._storage is None else self._storage.arrays)
+
+    @state.setter
+    def state(self, value: Any) -> None:
+        text, arrays = self._of_state(value)
+        self._restore(self._read_description(text), arrays)
+
+    @property
+    def meta_state(self) -> Any:
+        """Empty: `state` says it all. For mlx-lm < 0.32."""
+        return ""
+
+    @meta_state.setter
+    def meta_state(self, value: Any) -> None:
+        if value:
+            raise ValueError(f"a {type(self).__name__} has no meta_state; expected an empty one; make the file again.")
+
+    @classmethod
+    def from_state(cls, state: Any, meta_state: Any = None) -> Any:
+        """A cache from what `state` gave; its codec is found by the name in it."""
+        cache = cls.__new__(cls)
+        cache.state, cache.meta_state = state, meta_state
+        return cache
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        twin = type(self).__new__(type(self))
+        twin.__dict__.update(self.__dict__)
+        twin._storage = None if self._storage is None else self._storage.copy()
+        return twin
+
+    @property
+    def drift(self) -> Drift | None:
+        """How unlike the calibration text the packed tokens are; None before any, and of exact caches. One warning is
+        given when it is large."""
+        return None if self._storage is None else self._storage.drift.read()
 
 
 class SpectralKVCache(Planned, KVCache):  # type: ignore[misc]  # mlx-lm is untyped
@@ -298,61 +375,7 @@ class SpectralKVCache(Planned, KVCache):  # type: ignore[misc]  # mlx-lm is unty
 
         return BatchSpectralKVCache.merge(caches)
 
-    # -- what pipelines touch
-
-    @property
-    def keys(self) -> mx.array | None:
-        """The exact keys' buffer [B, H, capacity, Dk]: pipelines hang dependencies on it. Not all keys: see
-        `to_kvcache`."""
-        return None if self._storage is None else self._storage.exact_keys
-
-    @keys.setter
-    def keys(self, value: mx.array) -> None:
-        self._buffers().exact_keys = value
-
-    @property
-    def values(self) -> mx.array | None:
-        """The exact values' buffer [B, H, capacity, Dv]."""
-        return None if self._storage is None else self._storage.exact_values
-
-    @values.setter
-    def values(self, value: mx.array) -> None:
-        self._buffers().exact_values = value
-
-    # -- copies and files
-
-    @property
-    def state(self) -> Any:
-        """Everything held: a description, then the arrays."""
-        return self._as_state(self._describe(), [] if self._storage is None else self._storage.arrays)
-
-    @state.setter
-    def state(self, value: Any) -> None:
-        text, arrays = self._of_state(value)
-        self._restore(self._read_description(text), arrays)
-
-    @property
-    def meta_state(self) -> Any:
-        """Empty: `state` says it all. For mlx-lm < 0.32."""
-        return ""
-
-    @meta_state.setter
-    def meta_state(self, value: Any) -> None:
-        if value:
-            raise ValueError("a SpectralKVCache has no meta_state; expected an empty one; make the file again.")
-
-    @classmethod
-    def from_state(cls, state: Any, meta_state: Any = None) -> "SpectralKVCache":
-        """A cache from what `state` gave; its codec is found by the name in it."""
-        cache = cls.__new__(cls)
-        cache.state, cache.meta_state = state, meta_state
-        return cache
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "SpectralKVCache":
-        twin = type(self).__new__(type(self))
-        twin.__dict__.update(self.__dict__)
-        twin._storage = None if self._storage is None else self._storage.copy()
-        return twin
+    # -- mlx-lm's own cache, there and back
 
     @classmethod
     def from_cache(cls, kv: KVCache, like: "SpectralKVCache") -> "SpectralKVCache":
@@ -371,12 +394,6 @@ class SpectralKVCache(Planned, KVCache):  # type: ignore[misc]  # mlx-lm is unty
             cache.keys, cache.values = self._storage.snapshot().decoded()
             cache.offset = self.offset
         return cache
-
-    @property
-    def drift(self) -> Drift | None:
-        """How unlike the calibration text the packed tokens are; None before any, and of exact caches. One warning is
-        given when it is large."""
-        return None if self._storage is None else self._storage.drift.read()
 
     def stats(self) -> dict[str, int]:
         """Tokens and bytes: packed_tokens, exact_tokens, code_bytes, sink_bytes, window_bytes (these three make
@@ -399,11 +416,6 @@ class SpectralKVCache(Planned, KVCache):  # type: ignore[misc]  # mlx-lm is unty
     def _storage_for(self, keys: mx.array, values: mx.array) -> Storage:
         if self._storage is None:
             self._storage = Storage(*self._quantizers(keys, values), self._window, self._sinks)
-        return self._storage
-
-    def _buffers(self) -> Storage:
-        if self._storage is None:
-            raise ValueError("the cache is empty; expected keys and values; append some first.")
         return self._storage
 
     def _describe(self) -> str:
