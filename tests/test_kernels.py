@@ -9,7 +9,7 @@ import oracle
 import pytest
 from conftest import numpy
 
-from vq_kvcache import attention, doctor, kernels
+from vq_kvcache import attention, doctor, kernels, storage
 from vq_kvcache.kernels import launches
 
 PLACE = "host" if mx.default_device().type == mx.DeviceType.cpu else kernels.backend()
@@ -97,3 +97,17 @@ def test_doctor_says_where_it_is(capsys):
     assert doctor.main(["--only", "head_dim 64 heads 8/2 queries 2 batch 1 tokens 260"]) == 0
     told = capsys.readouterr().out
     assert ("no kernels here" in told) == (kernels.backend() == "ops")
+
+
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16, mx.float32], ids=["float16", "bfloat16", "float32"])
+def test_arrays_decoded_by_the_kernel_are_those_of_plain_operations(dtype, monkeypatch):
+    held = doctor.snapshot(doctor.Case(96, 64, bits=3.0, dtype=dtype, batch=2, tokens=333))
+    expected = held.decoded()
+    calls = []
+    monkeypatch.setattr(storage, "backend", lambda: "cuda")
+    monkeypatch.setattr(launches, "run", lambda launch, place: calls.append(launch.body.name) or run(launch, PLACE))
+    for found, plain in zip(held.decoded(), expected, strict=True):
+        assert found.dtype == dtype
+        unit = {mx.float16: 2.0**-10, mx.bfloat16: 2.0**-7, mx.float32: 2.0**-20}[dtype]
+        assert np.abs(numpy(found) - numpy(plain)).max() <= 2 * unit * np.abs(numpy(plain)).max()
+    assert calls == ["decode", "decode"]

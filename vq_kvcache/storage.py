@@ -11,7 +11,8 @@ import mlx.core as mx
 
 from .chunks import MAX_CHUNKS, Chunk, Chunks, fill_pages, words_between, written
 from .drift import DriftSums
-from .kernels.launches import encode_words
+from .kernels import backend
+from .kernels.launches import decode_heads, decodes, encode_words
 from .rows import Rows, rows_of
 from .spectral.spectral_quant import Quantizer
 
@@ -81,12 +82,19 @@ class Snapshot:
         order = None if layout.alike and not any(first) and total == layout.length else layout.order(first, total)
         middle: tuple[mx.array | None, mx.array | None] = (None, None)
         if self.packed:
-            words = self.words(0, self.packed_tokens)
-            middle = (
-                self.key_quantizer.decode_words(words[0], self.exact_keys.dtype),
-                self.value_quantizer.decode_words(words[1], self.exact_values.dtype),
-            )
+            middle = self._decoded_codes()
         return self.in_order(self.exact_keys, middle[0], order), self.in_order(self.exact_values, middle[1], order)
+
+    def _decoded_codes(self) -> tuple[mx.array, mx.array]:
+        if (place := backend()) != "ops" and not self.keys_twice and decodes(self.key_quantizer, self.value_quantizer):
+            # A handful of operations, where plain ones take a millisecond of Python for every few layers.
+            keys, values = (decode_heads(self, part, 0, self.exact_keys.shape[1], place) for part in (0, 1))
+            return keys, values
+        words = self.words(0, self.packed_tokens)
+        return (
+            self.key_quantizer.decode_words(words[0], self.exact_keys.dtype),
+            self.value_quantizer.decode_words(words[1], self.exact_values.dtype),
+        )
 
     def in_order(self, exact: mx.array, middle: mx.array | None, order: mx.array | None = None) -> mx.array:
         """Exact [B, H, C, D] and decoded packed tokens [B, H, P, D] in the order of the sequence, [B, H, T, D]; `order`

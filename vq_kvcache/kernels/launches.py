@@ -316,17 +316,19 @@ def decode_heads(snapshot: "Snapshot", part: int, first_head: int, heads: int, p
     return (product.astype(mx.float32) * factor + mean).astype(dtype)
 
 
-def fits(snapshot: "Snapshot", queries: mx.array) -> bool:
-    """Whether the kernels take these operands."""
-    keys, values = snapshot.key_quantizer, snapshot.value_quantizer
+def decodes(keys: Quantizer, values: Quantizer) -> bool:
+    """Whether the kernels read these codes."""
     if not (isinstance(keys, SpectralQuantizer) and isinstance(values, SpectralQuantizer)):
+        return False
+    segments = [s for layout in (keys.layout, values.layout) for s in layout.segments]
+    return bool(keys.words and values.words) and max(map(len, segments)) <= MOST_PIECES
+
+
+def fits(snapshot: "Snapshot", queries: mx.array) -> bool:
+    """Whether the attention kernels take these operands."""
+    if not decodes(snapshot.key_quantizer, snapshot.value_quantizer):
         return False
     dims = snapshot.exact_keys.shape[3], snapshot.exact_values.shape[3]
     types = {queries.dtype, snapshot.exact_keys.dtype, snapshot.exact_values.dtype}
-    layouts = keys.layout, values.layout
-    if (
-        max(len(s) for layout in layouts for s in layout.segments) > MOST_PIECES
-        or head_words(keys, values) > STAGES[-1]
-    ):
-        return False
-    return bool(keys.words and values.words and set(dims) <= set(HEAD_DIMS) and len(types) == 1)
+    fetched = head_words(*_spectral(snapshot)) <= STAGES[-1]
+    return fetched and set(dims) <= set(HEAD_DIMS) and len(types) == 1
