@@ -21,7 +21,7 @@ from mlx_lm.models import cache as mlx_lm_cache
 from mlx_lm.models.cache import KVCache
 
 from .batch_cache import BatchSpectralKVCache
-from .cache import LOSSLESS, CacheOptions, SpectralKVCache, register_plan
+from .cache import ARRAYS_ONLY, LOSSLESS, CacheOptions, SpectralKVCache, register_plan
 from .rotations import plan_for_model
 from .shards import Share
 from .spectral import intercept
@@ -149,7 +149,14 @@ def make_prompt_cache(
 
 
 def _spectral_caches(model: Any, plan: Plan, options: CacheOptions) -> list[Any]:
-    packed = intercept.uses(model) if plan is LOSSLESS else plan.layers
+    packed = set(intercept.uses(model) if plan is LOSSLESS else plan.layers)
+    if ARRAYS_ONLY and (others := intercept.read_by_state(model)):  # no model of mlx-lm 0.32 does
+        warnings.warn(
+            f"this mlx-lm reads the keys of layers {sorted(others)} where a packed cache has none: their caches stay "
+            "full precision; install mlx-lm 0.32 to pack them.",
+            stacklevel=3,
+        )
+        packed -= others
 
     def choose(index: int, own: Any, nested: bool) -> Any:
         return SpectralKVCache(plan, index, options.window, options.sinks) if index in packed else own
