@@ -69,7 +69,7 @@ def speculative(result: dict[str, Any]) -> str:
     """Texts with a draft model, and distributions under the appends and trims of speculation."""
     drafts = list(dict.fromkeys(r["draft"] for r in result["texts"]))
     guessed = [
-        f'the draft "{d}" gave {min(s):.0%} to {max(s):.0%} of the tokens'
+        f'the draft "{d}" gave {min(s):.1%} to {max(s):.1%} of the tokens'
         for d in drafts
         if (s := [r["from_draft"] for r in result["texts"] if r["draft"] == d])
     ]
@@ -79,7 +79,7 @@ def speculative(result: dict[str, Any]) -> str:
         "",
         "| cache | "
         + " | ".join(f'draft "{d}": equal to the same cache without a draft' for d in drafts)
-        + " | equal to full precision, with and without drafts | KL to full precision, a token at a time "
+        + " | equal to full precision, with each draft; without | KL to full precision, a token at a time "
         "| with rounds of guesses trimmed off | with long runs trimmed off, too |",
         "|---|" + "---|" * (len(drafts) + 4),
     ]
@@ -91,14 +91,14 @@ def speculative(result: dict[str, Any]) -> str:
         values = [kl["window"]["kl_to_full_precision_without_trims"]]
         values += [kl[pattern]["kl_to_full_precision"] for pattern in ("window", "codes")]
         cells = [f"{r['equal_to_same_cache']:.1%}" for r in rows]
-        cells += [", ".join(f"{s:.1%}" for s in shares) + f"; {alone:.1%}"]
+        cells += [", ".join(f"{s:.1%}" for s in shares) + f"; without {alone:.1%}"]
         lines.append(f"| {name} | " + " | ".join([*cells, *(f"{max(v, 0.0):.5f}" for v in values)]) + " |")
     between = [r for r in result["distributions"] if r["pattern"] == "window" and r["cache"] != "lossless"]
     shares = [r["kl_to_same_cache"] / r["kl_to_full_precision_without_trims"] for r in between]
     return "\n".join(lines) + (
         f"\n\nBetween a cache with rounds and the same one without, KL is at most {max(shares):.1%} of the codec's. "
         f"A long run is {result['long_run']} tokens, more than window and lag ({result['window']} + {result['lag']}): "
-        "once it is gone, the newest tokens are read from codes until the window is full again."
+        "once it is gone, the newest tokens are read from codes, which nothing but such a cut asks of a codec."
     )
 
 
