@@ -82,6 +82,43 @@ def models(result: dict[str, Any]) -> str:
     return "\n".join(lines) + (f"\n\nNot run here: {', '.join(failed)}." if failed else "")
 
 
+def speculative(result: dict[str, Any]) -> str:
+    """Texts with a draft model, and distributions under the appends and trims of speculation."""
+    drafts = list(dict.fromkeys(r["draft"] for r in result["texts"]))
+    guessed = [
+        f'the draft "{d}" gave {min(s):.1%} to {max(s):.1%} of the tokens'
+        for d in drafts
+        if (s := [r["from_draft"] for r in result["texts"] if r["draft"] == d])
+    ]
+    lines = [
+        f"{result['model']}, temperature 0, {result['guesses']} guesses a round, window {result['window']}; "
+        f"{' and '.join(guessed)}. Equal tokens place by place, mean KL in nats:",
+        "",
+        "| cache | "
+        + " | ".join(f'draft "{d}": equal to the same cache without a draft' for d in drafts)
+        + " | equal to full precision, with each draft; without | KL to full precision, a token at a time "
+        "| with rounds of guesses trimmed off | with long runs trimmed off, too |",
+        "|---|" + "---|" * (len(drafts) + 4),
+    ]
+    for name in dict.fromkeys(r["cache"] for r in result["distributions"]):
+        rows = [r for r in result["texts"] if r["cache"] == name]
+        shares = [r["equal_to_full_precision"] for r in rows]
+        alone = rows[0]["equal_to_full_precision_without_draft"]
+        kl = {r["pattern"]: r for r in result["distributions"] if r["cache"] == name}
+        values = [kl["window"]["kl_to_full_precision_without_trims"]]
+        values += [kl[pattern]["kl_to_full_precision"] for pattern in ("window", "codes")]
+        cells = [f"{r['equal_to_same_cache']:.1%}" for r in rows]
+        cells += [", ".join(f"{s:.1%}" for s in shares) + f"; without {alone:.1%}"]
+        lines.append(f"| {name} | " + " | ".join([*cells, *(f"{max(v, 0.0):.5f}" for v in values)]) + " |")
+    between = [r for r in result["distributions"] if r["pattern"] == "window" and r["cache"] != "lossless"]
+    shares = [r["kl_to_same_cache"] / r["kl_to_full_precision_without_trims"] for r in between]
+    return "\n".join(lines) + (
+        f"\n\nBetween a cache with rounds and the same one without, KL is at most {max(shares):.1%} of the codec's. "
+        f"A long run is {result['long_run']} tokens, more than window and lag ({result['window']} + {result['lag']}): "
+        "once it is gone, the newest tokens are read from codes, which nothing but such a cut asks of a codec."
+    )
+
+
 def break_even(rows: dict[str, Any], full: dict[str, int], contexts: list[str], codec: int) -> int:
     """The context at which cache and codec are as large as KVCache, on the line through the two longest contexts."""
     a, b = (int(n) for n in contexts[-2:])
@@ -116,6 +153,7 @@ def tables() -> dict[str, str]:
         "calibration": quality_tables.calibrations(_results("calibration-*.json")),
         "models": models(json.loads((RESULTS / "models.json").read_text())),
         "kernel": kernel(json.loads((RESULTS / "kernel.json").read_text())),
+        "speculative": speculative(json.loads((RESULTS / "speculative.json").read_text())),
         "memory": memory(json.loads((RESULTS / "memory.json").read_text())),
     }
 

@@ -294,6 +294,12 @@ def test_draft_models_keep_full_precision_unless_asked(model, tokenizer, model_f
     assert len(seen_caches) == 4
 
 
+def test_an_attached_model_that_drafts_for_another_keeps_full_precision(tokenizer, seen_caches):
+    draft = vq_kvcache.attach(tiny_model(1))  # there is no codec of it, and nothing to make one with
+    early_bound(tiny_model(), tokenizer, PROMPT, draft_model=draft, max_tokens=3)
+    assert [kinds(caches) for caches in seen_caches] == [[KVCache] * 4]
+
+
 # Loading.
 
 

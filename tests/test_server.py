@@ -3,16 +3,22 @@ that of the server without it."""
 
 import concurrent.futures
 import json
+import shutil
 import threading
 
+import mlx.core as mx
 import pytest
-from conftest import random_prompt
+from conftest import random_prompt, tiny_model
+from mlx.utils import tree_flatten
+from mlx_lm import server
 from mlx_lm.models import llama
-from mlx_lm.models.cache import LRUPromptCache
+from mlx_lm.models.cache import KVCache, LRUPromptCache
 from serving import CALL, LocalServer, scripted_calls, served_folder, words_of
 
+import vq_kvcache
 from vq_kvcache import SpectralKVCache
 from vq_kvcache.batch_cache import BatchSpectralKVCache
+from vq_kvcache.spectral import calibrate
 
 LOSSLESS = SpectralKVCache.with_options(lossless=True, window=32)
 TOKENS = 100
@@ -206,3 +212,34 @@ def test_many_threads_at_once(hooked, texts):
     answers = in_parallel(lambda prompt: hooked.complete(prompt, max_tokens=TOKENS), PROMPTS * 4)
     assert answers == texts * 4
     assert hooked.alive
+
+
+@pytest.fixture(scope="module")
+def draft_folder(folder, tmp_path_factory):
+    """The served model with other weights, of which nobody has a codec."""
+    target = tmp_path_factory.mktemp("draft") / "model"
+    shutil.copytree(folder, target)
+    mx.save_safetensors(str(target / "model.safetensors"), dict(tree_flatten(tiny_model(1).parameters())))
+    return target
+
+
+def test_the_servers_loader_is_put_back():
+    original = server.ModelProvider.load
+    with vq_kvcache.install(LOSSLESS):
+        assert server.ModelProvider.load is not original
+    assert server.ModelProvider.load is original
+
+
+def test_a_draft_is_not_calibrated(folder, draft_folder, stored_codec, monkeypatch):
+    """It keeps mlx-lm's own cache: guesses are short-lived, and only the target's tokens count."""
+
+    def calibrated(model, *args, **kwargs):
+        raise AssertionError("calibrated a draft")
+
+    monkeypatch.setattr(calibrate, "calibrate_codec", calibrated)
+    with LocalServer(folder, SpectralKVCache.with_options(2.0, window=32), "--draft-model", draft_folder) as hooked:
+        assert len(hooked.complete(PROMPTS[0], max_tokens=30).split()) == 30
+        assert hooked.alive
+        lru = hooked.prompt_cache._lru._lrus.values()
+        held = [hooked.prompt_cache._trie.get(*key).prompt_cache for kind in lru for key in kind]
+    assert [[type(c) for c in caches] for caches in held] == [[SpectralKVCache] * 2 + [KVCache] * 2] * len(held) != []

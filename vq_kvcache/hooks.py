@@ -1,7 +1,8 @@
 """How a spectral cache gets into mlx-lm: with spectral/intercept.py, the only file that alters mlx-lm or MLX.
 
 Three names of mlx-lm are replaced, always through their modules: `generate_step` and `speculative_generate_step`, which
-take `cache=`, and `utils.load_model`, which attaches what it loads. `uninstall` puts all of them back.
+take `cache=`, and `utils.load_model`, which attaches what it loads; and for the server `ModelProvider.load`, which
+detaches its draft. `uninstall` puts all of them back.
 """
 
 import contextlib
@@ -20,7 +21,8 @@ from mlx_lm.models import cache as mlx_lm_cache
 from mlx_lm.models.cache import KVCache
 
 from .batch_cache import BatchSpectralKVCache
-from .cache import LOSSLESS, CacheOptions, SpectralKVCache, register_plan
+from .cache import ARRAYS_ONLY, LOSSLESS, CacheOptions, SpectralKVCache, register_plan
+from .rotations import plan_for_model
 from .shards import Share
 from .spectral import intercept
 from .spectral.calibrate import codec_for
@@ -31,10 +33,8 @@ from .spectral.codec import (
     find_codec,
     fingerprint,
     fingerprint_of_files,
-    plan_of_rotations,
     stored_path,
 )
-from .spectral.rotation_files import load_cached_rotations
 from .spectral.spectral_quant import SpectralRotation
 
 CacheChoice = type[KVCache] | CacheOptions | Sequence[Any]
@@ -149,7 +149,14 @@ def make_prompt_cache(
 
 
 def _spectral_caches(model: Any, plan: Plan, options: CacheOptions) -> list[Any]:
-    packed = intercept.uses(model) if plan is LOSSLESS else plan.layers
+    packed = set(intercept.uses(model) if plan is LOSSLESS else plan.layers)
+    if ARRAYS_ONLY and (others := intercept.read_by_state(model)):  # no model of mlx-lm 0.32 does
+        warnings.warn(
+            f"this mlx-lm reads the keys of layers {sorted(others)} where a packed cache has none: their caches stay "
+            "full precision; install mlx-lm 0.32 to pack them.",
+            stacklevel=3,
+        )
+        packed -= others
 
     def choose(index: int, own: Any, nested: bool) -> Any:
         return SpectralKVCache(plan, index, options.window, options.sinks) if index in packed else own
@@ -185,7 +192,7 @@ def attach(
     options = CacheOptions() if isinstance(cache, type) else cache
     plan = None
     if rotations is not None:
-        plan = register_plan(_plan_of(model, rotations, signal_bits, noise_bits, use_water_filling))
+        plan = register_plan(plan_for_model(model, rotations, signal_bits, noise_bits, use_water_filling))
     model._vq_kvcache = Attachment(tokenizer, options, plan)
     model.make_cache = functools.partial(make_prompt_cache, model)
     _attached.append(weakref.ref(model))
@@ -210,28 +217,6 @@ def load(path_or_hf_repo: str, *args: Any, rotations: Any = None, **kwargs: Any)
     loaded = mlx_lm_load(path_or_hf_repo, *args, **kwargs)
     attach(loaded[0], loaded[1], rotations=rotations, **ours)
     return loaded
-
-
-def _plan_of(model: Any, rotations: Any, signal_bits: int, noise_bits: int, use_water_filling: bool) -> Plan:
-    if not isinstance(rotations, list):
-        rotations = load_cached_rotations(rotations)
-    shapes = {i: (u.heads, u.key_dims, u.value_dims) for i, u in intercept.uses(model).items()}
-    plan = plan_of_rotations(
-        rotations, {i: s[0] for i, s in shapes.items()}, signal_bits, noise_bits, use_water_filling
-    )
-    for i, layer in plan.layers.items():
-        for quantizer, expected in zip((layer.keys, layer.values), shapes[i][1:], strict=True):
-            if quantizer is not None and quantizer.head_dim != expected:
-                raise CodecError(
-                    f"the rotation of layer {i} has head_dim {quantizer.head_dim}; this model has {expected}; "
-                    "calibrate on this model."
-                )
-    if missing := sorted(set(shapes) - set(plan.layers)):
-        warnings.warn(f"no rotation for layers {missing}: their caches stay full precision.", stacklevel=3)
-    if unpacked := [i for i, layer in plan.layers.items() if layer.values is None]:
-        warnings.warn(f"the rotations of layers {unpacked} are of keys alone: values stay exact.", stacklevel=3)
-    own = fingerprint(model)
-    return Plan(f"{plan.name}-{own}", own, plan.layers)
 
 
 # -- generation
@@ -324,7 +309,7 @@ def _refuse_kv_bits(kv_bits: int | None, prompt_cache: list[Any] | None) -> None
 # -- mlx-lm as a whole
 
 _attached: list[weakref.ref[Any]] = []
-_replaced: dict[tuple[str, str], tuple[Any, Any]] = {}  # (module, name) -> (original, ours)
+_replaced: dict[tuple[str, str], tuple[Any, Any]] = {}  # (module, name or Class.name) -> (original, ours)
 _dispatch_held = False
 
 
@@ -368,11 +353,15 @@ def install(cache: CacheOptions | type[SpectralKVCache] = SpectralKVCache) -> In
         return model, config
 
     _replace("mlx_lm.utils", "load_model", load_model)
+    _module("mlx_lm.server")
     # Commands bind this name when they are imported; a model's make_cache cannot see their --max-kv-size.
     theirs = mlx_lm_cache.make_prompt_cache
     for name, module in list(sys.modules.items()):
         if name.split(".")[0] == "mlx_lm" and vars(module).get("make_prompt_cache") is theirs:
             _replace(name, "make_prompt_cache", _make_prompt_cache)
+        spec = getattr(module, "__spec__", None)  # with `python -m mlx_lm.server`, __main__ has this one, too
+        if getattr(spec, "name", None) == "mlx_lm.server" and hasattr(module, "ModelProvider"):
+            _replace(name, "ModelProvider.load", _load_without_draft)
     return Installation(owns=True)
 
 
@@ -382,8 +371,9 @@ def uninstall() -> None:
     global _dispatch_held
     _codecs.clear()
     for (module, name), (original, ours) in list(_replaced.items()):
-        if getattr(_module(module), name) is ours:
-            setattr(_module(module), name, original)
+        owner, attribute = _owner(module, name)
+        if getattr(owner, attribute) is ours:
+            setattr(owner, attribute, original)
         del _replaced[module, name]
     while _attached:
         if (model := _attached.pop()()) is not None:
@@ -431,17 +421,36 @@ def check_mlx_lm() -> None:
             )
 
 
+def _owner(module: str, name: str) -> tuple[Any, str]:
+    *classes, attribute = name.split(".")
+    return functools.reduce(getattr, classes, _module(module)), attribute
+
+
 def _replace(module: str, name: str, wrapper: Callable[..., Any]) -> None:
-    if (module, name) not in _replaced:
-        original = getattr(_module(module), name)
-        ours = functools.wraps(original)(functools.partial(wrapper, original))
-        _replaced[module, name] = original, ours
-        setattr(_module(module), name, ours)
+    if (module, name) in _replaced:
+        return
+    owner, attribute = _owner(module, name)
+    original = getattr(owner, attribute)
+
+    @functools.wraps(original)
+    def ours(*args: Any, **kwargs: Any) -> Any:
+        return wrapper(original, *args, **kwargs)
+
+    _replaced[module, name] = original, ours
+    setattr(owner, attribute, ours)
 
 
 def _replace_generation() -> None:
     _replace("mlx_lm.generate", "generate_step", _generate_step)
     _replace("mlx_lm.generate", "speculative_generate_step", _speculative_generate_step)
+
+
+def _load_without_draft(original: Callable[..., Any], provider: Any, *args: Any, **kwargs: Any) -> Any:
+    """What the server's ModelProvider loads, its draft with mlx-lm's own caches: it makes those with the target's."""
+    loaded = original(provider, *args, **kwargs)
+    if provider.draft_model is not None:
+        detach(provider.draft_model)
+    return loaded
 
 
 def _make_prompt_cache(original: Callable[..., Any], model: Any, max_kv_size: int | None = None) -> Any:
@@ -470,6 +479,9 @@ def _speculative_generate_step(
     cache: CacheChoice | None = None,
     **kwargs: Any,
 ) -> Any:
-    kwargs["prompt_cache"] = _choose_cache(model, cache, kwargs.get("prompt_cache"), None, draft_model)
+    chosen = _choose_cache(model, cache, kwargs.get("prompt_cache"), None, draft_model)
+    if chosen is None and _attachment(draft_model) is not None:
+        chosen = own_caches(model) + own_caches(draft_model)
+    kwargs["prompt_cache"] = chosen
     _refuse_kv_bits(kwargs.get("kv_bits"), kwargs["prompt_cache"])
     return original(prompt, model, draft_model, *args, **kwargs)

@@ -13,7 +13,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.utils import load
 
 from .spectral.codec import FORMAT, Codec, CodecError, find_codec, fingerprint_of_files
-from .spectral.intercept import Use, members_of, plain_caches, uses
+from .spectral.intercept import Use, members_of, plain_caches, read_by_state, uses
 
 BITS = (1.0, 2.0, 3.0, 4.0)
 PACKED = {
@@ -46,6 +46,8 @@ def inspect_model(path_or_hf_repo: str) -> Report:
     codec = find_codec(name)
     used = uses(model)
     rows = [_row(i, cache, used.get(i), codec) for i, cache in enumerate(_flat(plain_caches(model)))]
+    for i in read_by_state(model):
+        rows[i]["why"] = "layers that share it read it as only mlx-lm's own cache has it; mlx-lm 0.32 asks otherwise"
     itemsize = next(p.dtype.size for _, p in tree_flatten(model.parameters()) if mx.issubdtype(p.dtype, mx.floating))
     for i, use in used.items():
         rows[i] |= {"heads": use.heads, "key_dims": use.key_dims, "value_dims": use.value_dims}

@@ -93,6 +93,7 @@ class Recorder:
     def __init__(self, index: int, attend: Attention, offset: int, append: Append | None) -> None:
         self.index, self.attend, self._append, self.offset = index, attend, append, offset
         self._fetched: tuple[Handle, Handle] | None = None
+        self.state_was_read = False
         self.keys: mx.array | None = None  # pipelines hang dependencies on these
         self.values: mx.array | None = None
 
@@ -109,6 +110,7 @@ class Recorder:
 
     @property
     def state(self) -> tuple[Handle, Handle]:  # models that share layers asked so before mlx-lm 0.32
+        self.state_was_read = True
         return self.keys_and_values()
 
     def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> mx.array | str | None:
@@ -196,12 +198,24 @@ class Use:
 def uses(model: Any) -> dict[int, Use]:
     """How the model uses each KV cache worth packing, by index (`replace_kv`); one token is traced, nothing computed.
 
-    In a CacheList, caches that no attention reads are keys of an indexer, and are left out.
+    In a CacheList, caches that no attention reads are keys of an indexer, and are left out. So are those that
+    `read_by_state` names.
     """
+    return _trace(model)[0]
+
+
+def read_by_state(model: Any) -> set[int]:
+    """The KV caches whose `state` the model takes for their keys and values, by index: packed, they would have others.
+    afm7 and gemma3n do so in mlx-lm before 0.32."""
+    return _trace(model)[1]
+
+
+def _trace(model: Any) -> tuple[dict[int, Use], set[int]]:
     shapes: dict[int, tuple[int, int, int]] = {}
     kinds: dict[int, Literal["paired", "latent"]] = {}
     readers: dict[int, int] = {}
     nested_ones: set[int] = set()
+    made: list[Recorder] = []
 
     def append(index: int, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         shapes[index] = keys.shape[1], keys.shape[3], values.shape[3]
@@ -220,12 +234,15 @@ def uses(model: Any) -> dict[int, Use]:
     def recorder(index: int, own: Any, nested: bool) -> Recorder:
         if nested:
             nested_ones.add(index)
-        return Recorder(index, attend, 0, append)
+        made.append(Recorder(index, attend, 0, append))
+        return made[-1]
 
     with dispatching():
         model(mx.array([[0]]), cache=replace_kv(plain_caches(model), recorder))
-    left_out = nested_ones - set(kinds)
-    return {i: Use(*s, kinds.get(i, "own"), readers.get(i, 0)) for i, s in sorted(shapes.items()) if i not in left_out}
+    by_state = {r.index for r in made if r.state_was_read}
+    left_out = nested_ones - set(kinds) | by_state
+    found = {i: Use(*s, kinds.get(i, "own"), readers.get(i, 0)) for i, s in sorted(shapes.items()) if i not in left_out}
+    return found, by_state
 
 
 def is_pair(keys: Any, values: Any) -> bool:
