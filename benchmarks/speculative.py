@@ -3,7 +3,7 @@
     python benchmarks/speculative.py vq_kvcache/data/tiny-llama
 
 Texts: greedy continuations with a draft model (the target itself, and the target with noise in its weights, which is
-often wrong), with the cache of each codec; share of tokens equal to the same cache's without a draft, and to full
+wrong more often), with the cache of each codec; share of tokens equal to the same cache's without a draft, and to full
 precision's, place by place, so that everything after a first difference counts as it falls.
 
 Distributions: one fixed text per domain goes through two caches of each kind. The plain one is fed a token at a time;
@@ -31,7 +31,7 @@ from vq_kvcache.spectral.calibration_text import encode
 from vq_kvcache.storage import LAG
 
 GUESSES = 4
-NOISE = 0.35  # of each weight matrix' standard deviation, in the draft that is often wrong
+NOISE = 0.2  # of each weight matrix' standard deviation, in the draft that is wrong more often
 PROMPT, CONTEXT, PREFILL = 320, 512, 320
 WINDOW = 128
 LONG = WINDOW + LAG + 20  # wrong tokens in a run that is trimmed off into the codes
