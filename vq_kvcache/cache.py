@@ -8,6 +8,7 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
+from mlx_lm.models import cache as mlx_lm_cache
 from mlx_lm.models.cache import KVCache, create_attention_mask
 
 from .attention import Mask, attend
@@ -355,6 +356,14 @@ class SpectralKVCache(Planned, KVCache):  # type: ignore[misc]  # mlx-lm is unty
         return 0 if self._storage is None else self._storage.trim(n)
 
     @property
+    def cut_window(self) -> int:
+        """The window, when a trim into the codes left fewer exact tokens than that before the next one; else 0."""
+        storage = self._storage
+        if storage is None or not storage.packed_tokens:
+            return 0
+        return self._window if storage.exact_tokens - storage.held_sinks < self._window else 0
+
+    @property
     def nbytes(self) -> int:
         """Sum of the held arrays' nbytes; the codec, shared by all caches of a model, is in `stats`."""
         return 0 if self._storage is None else self._storage.nbytes
@@ -452,3 +461,10 @@ def _handles(snapshot: Snapshot) -> tuple[mx.array, mx.array]:
         return keys, values
     view = View(snapshot)
     return Handle(keys, view, "keys"), Handle(values, view, "values")
+
+
+def window_to_repeat(caches: Sequence[Any] | None, held: int) -> int:
+    """How many of the `held` tokens of a stored prompt to drop and read again: a window of them, at most all, when it
+    was cut within its codes. What follows would find its nearest tokens as codes, which no budget allows for."""
+    cut = [c.cut_window for c in caches or () if isinstance(c, SpectralKVCache)]
+    return min(max(cut, default=0), held) if mlx_lm_cache.can_trim_prompt_cache(caches or []) else 0

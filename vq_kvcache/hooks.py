@@ -21,7 +21,7 @@ from mlx_lm.models import cache as mlx_lm_cache
 from mlx_lm.models.cache import KVCache
 
 from .batch_cache import BatchSpectralKVCache
-from .cache import ARRAYS_ONLY, LOSSLESS, CacheOptions, SpectralKVCache, register_plan
+from .cache import ARRAYS_ONLY, LOSSLESS, CacheOptions, SpectralKVCache, register_plan, window_to_repeat
 from .rotations import plan_for_model
 from .shards import Share
 from .spectral import intercept
@@ -353,6 +353,7 @@ def install(cache: CacheOptions | type[SpectralKVCache] = SpectralKVCache) -> In
         return model, config
 
     _replace("mlx_lm.utils", "load_model", load_model)
+    _replace("mlx_lm.models.cache", "LRUPromptCache.fetch_nearest_cache", _fetch_nearest_cache)
     _module("mlx_lm.server")
     # Commands bind this name when they are imported; a model's make_cache cannot see their --max-kv-size.
     theirs = mlx_lm_cache.make_prompt_cache
@@ -438,6 +439,14 @@ def _replace(module: str, name: str, wrapper: Callable[..., Any]) -> None:
 
     _replaced[module, name] = original, ours
     setattr(owner, attribute, ours)
+
+
+def _fetch_nearest_cache(original: Callable[..., Any], stored: Any, model: Any, tokens: list[int]) -> Any:
+    caches, rest = original(stored, model, tokens)
+    if rest and (repeated := window_to_repeat(caches, len(tokens) - len(rest))):
+        mlx_lm_cache.trim_prompt_cache(caches, repeated)
+        rest = tokens[-(len(rest) + repeated) :]
+    return caches, rest
 
 
 def _replace_generation() -> None:
