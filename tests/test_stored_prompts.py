@@ -1,4 +1,4 @@
-"""What mlx-lm's store of prompts gives back with the hook on: a prompt cut within its codes gets an exact window again."""
+"""What mlx-lm's store of prompts gives back with the hook on: a prompt cut within its codes has a window again."""
 
 import mlx.core as mx
 import pytest
@@ -27,7 +27,7 @@ def store(model, codec):
 
 @pytest.mark.parametrize("shared", [200, WINDOW, 5])
 def test_a_window_of_a_prompt_cut_within_its_codes_is_read_again(store, model, shared):
-    asked = TOKENS[:shared] + [7, 8, 9]
+    asked = [*TOKENS[:shared], 7, 8, 9]
     caches, rest = store(asked)
     kept = max(shared - WINDOW, 0)
     assert [c.offset for c in caches] == [kept] * len(caches)
