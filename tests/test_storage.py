@@ -24,9 +24,9 @@ def tokens(count, batch=1, heads=2, dims=8, seed=0, dtype=mx.float32):
     return mx.array(x).astype(dtype)
 
 
-def even_pages(count, token_bytes):
-    """Tokens of a chunk that is made for `count`: what fills its memory pages, an even number for the kernels."""
-    return fill_pages(count, token_bytes) // 2 * 2
+def chunk_room(count, token_bytes):
+    """Tokens of a chunk that is made for `count`: what fills its memory pages, a multiple of four for the kernels."""
+    return fill_pages(count, token_bytes) // 4 * 4
 
 
 def raw_storage(window=32, sinks=4, heads=2, key_dims=8, value_dims=8, dtype=mx.float32):
@@ -153,7 +153,7 @@ def a_twin(count=700, step=50):
 def test_a_trim_of_any_depth(count):
     """Through window, codes, whole chunks and sinks, and then on as if nothing had been there."""
     twin = a_twin()
-    first = even_pages(512, 128)
+    first = chunk_room(512, 128)
     assert [c.tokens for c in twin.storage.chunks] == [first, 640 - first]
     twin.trim(count)
     twin.check()
@@ -206,7 +206,7 @@ def test_first_and_newest_tokens_are_exact_and_only_the_rest_passes_the_quantize
 
 def test_growth_leaves_full_chunks_alone_and_reserves_a_quarter():
     storage = filled(1000)[0]
-    assert [(c.tokens, c.capacity) for c in storage.chunks] == [(896, even_pages(896, 128))]
+    assert [(c.tokens, c.capacity) for c in storage.chunks] == [(896, chunk_room(896, 128))]
     full = {}
     for seed in range(50):
         storage.append(tokens(64, seed=seed), tokens(64, seed=seed))
@@ -219,7 +219,7 @@ def test_growth_leaves_full_chunks_alone_and_reserves_a_quarter():
     for before, chunk in itertools.pairwise(storage.chunks):
         assert before.tokens == before.capacity
         packed += before.tokens
-        assert chunk.capacity == even_pages(max(SMALLEST_CHUNK, packed // 4), 128)
+        assert chunk.capacity == chunk_room(max(SMALLEST_CHUNK, packed // 4), 128)
     assert len(storage.chunks) == 7
 
 
@@ -314,7 +314,7 @@ def test_nbytes_by_hand():
     def filled_pages(nbytes, token_bytes):
         return ((nbytes + 64 + mmap.PAGESIZE - 1) // mmap.PAGESIZE * mmap.PAGESIZE - 64) // token_bytes * token_bytes
 
-    codes = filled_pages(640 * 128, 128) // 256 * 256  # an even number of tokens: a kernel reads two at once
+    codes = filled_pages(640 * 128, 128) // 512 * 512  # tokens in fours: a kernel fetches as many at once
     assert storage.nbytes == 2 * filled_pages(116 * 64, 64) + codes
     assert Storage(None, None, 1, 1).nbytes == 0
 
