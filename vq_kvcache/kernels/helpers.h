@@ -105,10 +105,6 @@ struct VqTerms {
 // Where levels of two neighbouring tokens go: half of them at a time, or float32.
 VQ_FN void vq_put(VQ_SHARED(vq_half) at, vq_half2 pair) { *(VQ_SHARED(vq_half2))at = pair; }
 VQ_FN void vq_put(VQ_SHARED(float) at, float a, float b) { at[0] = a, at[1] = b; }
-#ifdef VQ_SEPARATE_SPACES
-VQ_FN void vq_put(VQ_DEVICE(vq_half) at, vq_half2 pair) { *(VQ_DEVICE(vq_half2))at = pair; }
-VQ_FN void vq_put(VQ_DEVICE(float) at, float a, float b) { at[0] = a, at[1] = b; }
-#endif
 
 // A tile [dims, tokens] that levels are written to: rows first .. first + rows - 1, or all when PASSES is 1.
 template <typename P, bool WIDE, int PASSES>

@@ -125,7 +125,7 @@ def _chunk_inputs(snapshot: "Snapshot") -> tuple[list[mx.array], list[int], int]
     return words + [words[0]] * (8 - len(words)), counts, tiles
 
 
-def _mask_inputs(mask: Any, head_count: int) -> tuple[int, tuple[int, int, int, int], mx.array, mx.array]:
+def _mask_inputs(mask: Any) -> tuple[int, tuple[int, int, int, int], mx.array, mx.array]:
     """(kind, strides, bool mask, additive mask)."""
     hidden, added = _nothing(mx.uint8), _nothing(mx.float32)
     if not isinstance(mask, mx.array):
@@ -202,7 +202,7 @@ def attend(
     splits = max(1, min(free, -(-tiles // warps), MOST_SPLITS - exact_splits))
     each = -(-tiles // splits)
     splits = -(-tiles // each)
-    kind, strides, hidden, added = _mask_inputs(mask, query_heads)
+    kind, strides, hidden, added = _mask_inputs(mask)
     params = _ints((
         batch, heads, group, length, exact_splits, splits, snapshot.exact_keys.shape[2], tiles, each, kind, *strides,
         len(snapshot.packed), int(sinks is not None), *counts,
