@@ -14,9 +14,13 @@ TOKENS = random_prompt(400)
 
 
 @pytest.fixture
-def store(model, codec):
+def options(codec):
+    return SpectralKVCache.with_options(bits_per_value=3.0, window=WINDOW, codec=codec)
+
+
+@pytest.fixture
+def store(model, options):
     """A function that fetches from a store which holds TOKENS."""
-    options = SpectralKVCache.with_options(bits_per_value=3.0, window=WINDOW, codec=codec)
     caches = vq_kvcache.make_prompt_cache(model, cache=options)
     mx.eval(model(mx.array(TOKENS)[None], cache=caches))
     held = LRUPromptCache()
@@ -40,6 +44,12 @@ def test_a_prompt_cut_within_its_window_is_given_as_it_is(store):
     shared = len(TOKENS) - 4
     caches, rest = store([*TOKENS[:shared], 7])
     assert (caches[0].offset, rest) == (shared, [7])
+
+
+@pytest.mark.parametrize("options", [SpectralKVCache.with_options(lossless=True, window=WINDOW)])
+def test_a_lossless_prompt_is_never_read_again(store):
+    caches, rest = store([*TOKENS[:200], 7])
+    assert (caches[0].offset, rest) == (200, [7])
 
 
 def test_other_caches_are_left_to_mlx_lm(model):

@@ -357,9 +357,10 @@ class SpectralKVCache(Planned, KVCache):  # type: ignore[misc]  # mlx-lm is unty
 
     @property
     def cut_window(self) -> int:
-        """The window, when a trim into the codes left fewer exact tokens than that before the next one; else 0."""
+        """The window, when a trim into the codes left fewer exact tokens than that before the next one; else 0. Raw
+        bits are exact anywhere."""
         storage = self._storage
-        if storage is None or not storage.packed_tokens:
+        if storage is None or not storage.packed_tokens or self._plan_name == LOSSLESS.name:
             return 0
         return self._window if storage.exact_tokens - storage.held_sinks < self._window else 0
 
