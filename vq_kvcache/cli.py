@@ -11,6 +11,7 @@ OWN = {
     "demo": "generate with the shipped model from both caches and compare them",
     "inspect": "what is packed of a model, a codec or a prompt cache, and what it costs",
     "calibrate": "make the codec of a model now",
+    "compare": "a report on your model and text: full precision, mlx-lm's own quantized cache, and ours",
     "codecs": "list, export, import or remove the codecs of this machine",
     "doctor": "compare the kernels of this machine with attention in float64",
     "patch": "give the installed mlx_lm commands the option --kv-cache spectral, or take it back",

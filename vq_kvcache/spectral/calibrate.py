@@ -115,7 +115,7 @@ def calibrate_codec(
         raise ValueError(f'objective is {objective!r}; expected "fisher" or "variance".')
     name = codecs.fingerprint(model)
     made: tuple[Layers, dict[str, Any]] | None = None
-    with _fast_arithmetic(model):
+    with fast_arithmetic(model):
         text = functools.partial(calibration_sequences, model, tokenizer, num_samples, texts=texts, seed=seed)
         if objective == "fisher":
             try:
@@ -196,7 +196,7 @@ def _told(objective: str, sequences: Sequence[Placed], length: int) -> dict[str,
 
 
 @contextlib.contextmanager
-def _fast_arithmetic(model: Any) -> Iterator[None]:
+def fast_arithmetic(model: Any) -> Iterator[None]:
     """16-bit weights as float32 inside, on a CPU: MLX's has no vectors of 16-bit numbers."""
     if mx.default_device() == mx.gpu:
         yield
