@@ -75,7 +75,8 @@ def compare(name: str, model: Any, tokenizer: Any, codec: Codec, request: Reques
     return {
         "kind": "comparison", "model": name, "fingerprint": codec.fingerprint, "context_of_model": context_of(model),
         "machine": {
-            "system": platform.platform(), "mlx": mx.__version__, "mlx_lm": importlib.metadata.version("mlx-lm"),
+            "system": platform.platform(), "mlx": importlib.metadata.version("mlx"),
+            "mlx_lm": importlib.metadata.version("mlx-lm"),
             "device": str(mx.device_info().get("device_name", "GPU")) if on_gpu else "CPU",
             "memory_bytes": memory, "memory": whose, "active_bytes": active,
         },
@@ -106,7 +107,7 @@ def _bytes_and_speed(
 
 
 def _quality(model: Any, methods: Sequence[Method], request: Request) -> list[Row]:
-    length = min(SEQUENCE, len(request.ids))
+    length = min(SEQUENCE, request.tokens, len(request.ids))
     count = max(1, min(request.tokens, len(request.ids)) // length)
     texts = mx.array([request.ids[i * length : (i + 1) * length] for i in range(count)])
     with tqdm(total=length * len(methods), desc="next tokens", unit="token") as progress:
@@ -141,7 +142,7 @@ def _continuations(model: Any, tokenizer: Any, methods: Sequence[Method], reques
 def differences(reference: str, other: str) -> list[tuple[str, str]]:
     """`other` in pieces: ("same", words), ("other", words that stand in place of the reference's, or are more), and
     ("missing", words of the reference's that it lacks). The first two kinds joined are `other`."""
-    theirs, own = re.findall(r"\s+|\S+", reference), re.findall(r"\s+|\S+", other)
+    theirs, own = (re.findall(r"\s*\S+|\s+$", text) for text in (reference, other))
     pieces: list[tuple[str, str]] = []
     for what, a, b, c, d in difflib.SequenceMatcher(None, theirs, own, autojunk=False).get_opcodes():
         kind = {"equal": "same", "delete": "missing"}.get(what, "other")
@@ -164,7 +165,8 @@ def main(argv: list[str]) -> int:
         model, tokenizer = _load(args.model)
         request = _request(args, model, tokenizer, source, text, prompt, bits)
         codec = Codec.load(args.codec) if args.codec else codec_for(model, tokenizer)
-        report = compare(args.model, model, tokenizer, codec, request)
+        name = pathlib.Path(args.model).resolve().name if pathlib.Path(args.model).is_dir() else args.model
+        report = compare(name, model, tokenizer, codec, request)
         from .report_page import page
 
         write_atomically(args.output, page(report).encode())
