@@ -308,13 +308,14 @@ def codec_bytes(method: Method) -> int:
 def largest_context(memory: int, active: int, codec: int, held: dict[int, tuple[int, int]]) -> dict[str, float | int]:
     """Tokens that fit: (memory - active - codec - fixed - working) / per_token.
 
-    held: context -> (nbytes, decode peak).  per_token: growth of nbytes between the two longest contexts.  fixed:
-    nbytes at the longest beyond per_token times it.  working: decode peak at the longest beyond its nbytes.
+    held: context -> (nbytes, decode peak).  per_token: growth of nbytes between the shortest and the longest context;
+    all of nbytes, where there is one context, or room reserved at the shortest does for the longest.  fixed: nbytes at
+    the longest beyond per_token times it.  working: decode peak at the longest beyond its nbytes.
     """
-    longest = max(held)
+    shortest, longest = min(held), max(held)
     nbytes, peak = held[longest]
-    shorter = max((c for c in held if c < longest), default=0)
-    per_token = (nbytes - held[shorter][0] if shorter else nbytes) / (longest - shorter)
+    grown = nbytes - held[shortest][0]
+    per_token = grown / (longest - shortest) if grown > 0 else nbytes / longest
     fixed, working = nbytes - per_token * longest, max(peak - nbytes, 0)
     tokens = (memory - active - codec - fixed - working) / per_token
     return {"tokens": max(int(tokens), 0), "per_token": per_token, "fixed": fixed, "working": working, "codec": codec}

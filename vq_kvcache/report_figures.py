@@ -1,5 +1,6 @@
 """Figures of the report as inline SVG: colours are CSS variables, so they follow the reader's colour scheme."""
 
+import decimal
 import html
 import itertools
 import math
@@ -7,7 +8,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 WIDTH, HEIGHT = 400, 250
-LEFT, RIGHT, TOP, BOTTOM = 52, 14, 14, 38
+LEFT, RIGHT, TOP, BOTTOM = 52, 14, 22, 38
 GUTTER = 40  # of a heat map, for the layers' names
 MOST_POINTS = 64  # of a spectrum
 
@@ -65,7 +66,7 @@ def short(value: float) -> str:
     for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= size:
             return f"{value / size:.3g}{unit}"
-    return f"{value:.3g}"
+    return f"{decimal.Decimal(f'{value:.3g}'):f}"
 
 
 def ticks(low: float, high: float, log: bool, most: int = 5) -> list[float]:
@@ -115,6 +116,9 @@ def chart(series: Sequence[Series], title: str, x_name: str, y_name: str, log_y:
         parts.append(
             f'<g class="c-{one.style}"><path class="line" stroke-dasharray="{dashes}" d="M{path}"/>{drawn}</g>'
         )
+        if len(one.points) == 1:  # a lone point carries its name
+            (a, b), right = one.points[0], x(one.points[0][0]) > WIDTH * 0.6
+            parts.append(text(x(a) + (-9 if right else 9), y(b) + 3.5, one.name, "end" if right else "start"))
     return svg("".join(parts), WIDTH, HEIGHT, title)
 
 
@@ -154,7 +158,7 @@ def spectrum(lines: dict[str, Sequence[float]], low: float, high: float, title: 
 
 def heat_map(rows: Sequence[tuple[int, int, str]], title: str) -> str:
     """Bits of each dimension (across) of each (layer, head) (down): runs of equal bits as one rectangle each."""
-    size = 8.0 if len(rows) <= 96 else 4.0
+    size = 11.0 if len(rows) <= 24 else 7.0 if len(rows) <= 96 else 4.0
     paths: dict[str, list[str]] = {str(b): [] for b in range(9)}
     names, top, layer = [], 0.0, -1
     for row_layer, _, bits in rows:

@@ -1,5 +1,6 @@
 """The report of `vq_kvcache compare` as one HTML page: no script, nothing loaded, light and dark, narrow and wide."""
 
+import decimal
 import html
 import importlib.resources
 from collections.abc import Iterable, Sequence
@@ -82,9 +83,9 @@ def table(caption: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -
     )
 
 
-def figure(image: str, caption: str, key: str = "") -> str:
-    """An image with its key and caption."""
-    return f"<figure>{key}{image}<figcaption>{esc(caption)}</figcaption></figure>"
+def figure(image: str, caption: str) -> str:
+    """An image with its caption."""
+    return f"<figure>{image}<figcaption>{esc(caption)}</figcaption></figure>"
 
 
 def size(count: float) -> str:
@@ -96,12 +97,13 @@ def size(count: float) -> str:
 
 
 def number(value: float, digits: int = 3) -> str:
-    """Significant digits, without an exponent; a true zero is 0."""
-    if value == 0:
-        return "0"
-    text = f"{value:.{digits}g}"
-    return text if "e" not in text else f"{value:.2g}" if abs(value) < 1e-6 else f"{float(text):,.0f}" \
-        if abs(value) >= 1 else f"{value:.8f}".rstrip("0")  # fmt: skip
+    """Significant digits, written out."""
+    return f"{decimal.Decimal(f'{value:.{digits}g}'):f}"
+
+
+def counted(count: int | str, word: str) -> str:
+    """1 bit, 2 bits."""
+    return f"{count} {word}{'' if str(count) == '1' else 's'}"
 
 
 def looks(report: Report) -> list[tuple[str, int]]:
@@ -143,7 +145,7 @@ def lead(report: Report) -> str:
     share = m["held"][at]["nbytes"] / full["held"][at]["nbytes"]
     times = m["largest"]["tokens"] / max(full["largest"]["tokens"], 1)
     tiles = (
-        ("bytes of full precision", f"{share:.0%}", f"at {int(at):,} tokens, {m['name']} bits"),
+        ("bytes of full precision", f"{share:.0%}", f"at {int(at):,} tokens, {esc(m['name'])} bits"),
         ("mean KL", f"{number(m['kl'], 2)}", "nats a token, to full precision"),
         ("same top token", f"{m['top1']:.1%}", f"of {m['positions']:,} positions"),
         ("context that fits", f"{times:.1f}×", "as long as with full precision"),
@@ -151,9 +153,15 @@ def lead(report: Report) -> str:
     cells = "".join(f"<div><dt>{a}</dt><dd>{b}<small>{c}</small></dd></div>" for a, b, c in tiles)
     return (
         f'<p class="lead">Full precision, mlx-lm’s own quantized cache and the spectral cache, on '
-        f"{esc(report['text']['source'])}. Everything on this page was measured on {esc(report['machine']['device'])}."
+        f"{esc(report['text']['source'])}. Everything on this page was measured, on {device(report)}."
         f'</p><dl class="tiles">{cells}</dl>'
     )
+
+
+def device(report: Report) -> str:
+    """What it ran on, in a sentence."""
+    name = report["machine"]["device"]
+    return "a CPU" if name == "CPU" else esc(name)
 
 
 def summary(report: Report) -> str:
@@ -175,12 +183,13 @@ def summary(report: Report) -> str:
 def closeness(report: Report) -> str:
     """KL against bytes, and the tail."""
     at = longest(report)
-    lines = [
-        Series(m["name"], *look, [(m["held"][at]["nbytes"] / int(at), m["kl"])])
-        for m, look in zip(report["methods"], looks(report), strict=True) if m["kind"] != "full"
-    ]  # fmt: skip
-    image = figures.chart(lines, "Mean KL against bytes per token; the table has the figures.", "bytes per token",
-                          "KL, nats", log_y=True)  # fmt: skip
+    shown = [pair for pair in zip(report["methods"], looks(report), strict=True) if pair[0]["kind"] != "full"]
+    key, images = "", ""
+    for field, words in (("kl", "Mean KL"), ("kl_999", "KL that 99.9 % of the positions stay below")):
+        lines = [Series(m["name"], *look, [(m["held"][at]["nbytes"] / int(at), m[field])]) for m, look in shown]
+        image = figures.chart(lines, f"{words} against bytes per token.", "bytes per token", "KL, nats", log_y=True)
+        key = figures.legend(lines)
+        images += figure(image, f"{words}, against bytes per token at {int(at):,} tokens.")
     rows = [
         (m["name"], f"{number(m['kl'])} ± {number(m['kl_standard_error'], 2)}", number(m["kl_999"]),
          f"{m['top1']:.2%}", f"{m['perplexity']:.3f}",
@@ -198,8 +207,7 @@ def closeness(report: Report) -> str:
         "cache.drift: coordinates beyond their outermost level and energy in dropped dimensions, as multiples of the "
         "calibration text’s, the largest of all layers; from 1.5 on, calibrate on text like yours."
     )
-    key = figures.legend(lines)
-    return (f"<p>{text}</p>" + figure(image, f"Bytes at {int(at):,} tokens, window and sinks included.", key)
+    return (f'<p>{text}</p>{key}<div class="charts">{images}</div>'
             + table("Closeness to full precision", columns, rows) + f'<p class="dim">{note}</p>')  # fmt: skip
 
 
@@ -226,7 +234,7 @@ def texts(report: Report) -> str:
         elif c["same_tokens"] == report["methods"][0]["continuation"]["tokens"]:
             said = "the same text"
         else:
-            said = f"first {c['same_tokens']} tokens the same"
+            said = f"the same for {counted(c['same_tokens'], 'token')}"
         cards.append(f'<article class="c-{style}"><h3>{esc(m["name"])}</h3><p class="dim">{said}</p>'
                      f"<p>{''.join(marked(kind, words) for kind, words in c['pieces'])}</p></article>")  # fmt: skip
     return (
@@ -301,7 +309,7 @@ def speed(report: Report) -> str:
     ]  # fmt: skip
     columns = ("cache", *(f"decode at {int(c):,}" for c in contexts), "prefill of an empty cache",
                *(f"prefill at {int(c):,}" for c in contexts))  # fmt: skip
-    return figure(image, "Decoding, one token at a time; medians of seven steps.", figures.legend(lines)) + table(
+    return figures.legend(lines) + figure(image, "Decoding, one token at a time; medians of seven steps.") + table(
         "Tokens a second", columns, rows
     ) + f'<p class="dim">Whatever else ran on this machine at the time slowed these.{unread(report)}</p>'  # fmt: skip
 
@@ -329,8 +337,8 @@ def fits(report: Report) -> str:
         + "<p><code>tokens = (memory − active − codec − fixed − working) / bytes per token</code></p>"
         + table("What the formula was given", columns, rows)
         + '<p class="dim">Active: what MLX held with the model loaded and no cache. Bytes per token: growth of the '
-        "cache’s measured bytes between the two longest contexts. Fixed: what it holds beyond that, such as the exact "
-        "window. Working memory: measured peak of decoding at the longest context beyond the cache.</p>"
+        "cache’s measured bytes between the shortest and the longest context. Fixed: what it holds beyond that, such "
+        "as the exact window. Working memory: measured peak of decoding at the longest context beyond the cache.</p>"
     )
 
 
@@ -386,14 +394,15 @@ def bits(report: Report) -> str:
         cells = [(f"layer {i}", *(f"{m[p]:.2f}" if p in m else "–" for p in ("keys", "values")))
                  for i, m in means.items()]  # fmt: skip
         parts.append(
-            f"<details{' open' if budget == name else ''}><summary>{esc(budget)} bits per number</summary>"
+            f"<details{' open' if budget == name else ''}><summary>{esc(counted(budget, 'bit'))} per number</summary>"
             f'<div class="charts">{images}</div>'
-            + table(f"Mean bits at {budget} bits per number", ("layer", "keys", "values"), cells) + "</details>"
+            + table(f"Mean bits at {counted(budget, 'bit')} per number", ("layer", "keys", "values"), cells)
+            + "</details>"
         )  # fmt: skip
     return (
         "<p>One budget for the whole model: a key dimension of one layer competes with a value dimension of another, "
-        "and bits go where they save most KL. Each row is a head; the lightest shade on white, or the darkest on "
-        f"black, is 0 bits: not stored.</p>{figures.heat_legend()}{''.join(parts)}"
+        "and bits go where they save most KL. Each row is a head. Dimensions of 0 bits, in the shade nearest to the "
+        f"background, are not stored.</p>{figures.heat_legend()}{''.join(parts)}"
     )
 
 
