@@ -46,7 +46,7 @@ def test_version_and_help_name_everything(capsys):
 def test_an_unknown_command_is_refused(capsys):
     assert main(["compress"]) == 2
     assert (
-        "unknown command 'compress'; expected one of demo, inspect, calibrate, codecs, doctor, patch, generate"
+        "unknown command 'compress'; expected one of demo, inspect, calibrate, compare, codecs, doctor, patch, generate"
         in capsys.readouterr().err
     )
 
