@@ -64,8 +64,8 @@ def contrast(one, other):
     return (high + 0.05) / (low + 0.05)
 
 
-COLOURS = """[...document.querySelectorAll('section p, section td, section th, figcaption, caption, .dim, mark, del,
-    svg text, summary, nav a')].map(e => {
+COLOURS = """[...document.querySelectorAll(`section p, section td, section th, figcaption, caption, .dim, mark, del,
+    svg text, summary, nav a`)].map(e => {
   let back = e;
   while (getComputedStyle(back).backgroundColor === 'rgba(0, 0, 0, 0)') back = back.parentElement;
   const own = getComputedStyle(e);
@@ -123,7 +123,7 @@ def test_smallest_text_of_a_figure_is_legible_on_a_phone(visit):
     tab, _ = visit(REPORTS[0], "phone")
     sizes = tab.evaluate("""[...document.querySelectorAll('svg text')].map(e =>
         parseFloat(getComputedStyle(e).fontSize) * e.ownerSVGElement.getScreenCTM().a)""")
-    assert min(sizes) >= 7.5
+    assert min(sizes) >= 9
 
 
 def test_hostile_text_stays_text(visit, tmp_path):

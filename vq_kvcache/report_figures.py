@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 WIDTH, HEIGHT = 400, 250
 LEFT, RIGHT, TOP, BOTTOM = 52, 14, 22, 38
-GUTTER = 40  # of a heat map, for the layers' names
+GUTTER = 26  # of a heat map, for the layers' numbers
 MOST_POINTS = 64  # of a spectrum
 
 
@@ -123,8 +123,9 @@ def chart(series: Sequence[Series], title: str, x_name: str, y_name: str, log_y:
 
 
 def svg(content: str, width: float, height: float, title: str) -> str:
-    """An image with a name for those who do not see it."""
-    return (f'<svg class="chart" role="img" aria-label="{html.escape(title)}" viewBox="0 0 {width:g} {height:g}">'
+    """An image with a name for those who do not see it; the letters of a wide one grow on a phone."""
+    style = "chart wide" if width == WIDTH else "chart"
+    return (f'<svg class="{style}" role="img" aria-label="{html.escape(title)}" viewBox="0 0 {width:g} {height:g}">'
             f"{content}</svg>")  # fmt: skip
 
 
@@ -175,9 +176,9 @@ def heat_map(rows: Sequence[tuple[int, int, str]], title: str) -> str:
             left += count
         top += size
     step = max(1, -(-len(names) * 11 // max(int(top), 1)))
-    labels = [text(GUTTER - 5, y + 8, f"{n}", "end") for y, n in names[::step]]
+    labels = [text(GUTTER - 5, y + 9, f"{n}", "end") for y, n in names[::step]]
     drawn = [f'<path class="w{b}" d="{"".join(runs)}"/>' for b, runs in paths.items() if runs]
-    return svg("".join(labels + drawn) + text(0, 8, "layer", "start"), WIDTH, top, title)
+    return svg("".join(labels + drawn), WIDTH, top, title)
 
 
 def heat_legend() -> str:

@@ -174,7 +174,7 @@ def summary(report: Report) -> str:
          f"{m['held'][at]['decode_tokens_per_second']:.1f}", f"{m['largest']['tokens']:,}")
         for m in report["methods"]
     ]  # fmt: skip
-    columns = ("cache", "bits per number", "KL, mean", "KL, 99.9 %", "same top token", "perplexity",
+    columns = ("cache", "bits per number", "KL, mean", "KL, 99.9 %", "same top token", "perplexity",
                f"bytes at {int(at):,}", "share", "tokens/s", "largest context")  # fmt: skip
     missing = f"<p>mlx-lm’s own quantized cache is missing: {esc(report['missing'])}.</p>" if report["missing"] else ""
     return missing + table("All caches, same tokens, one run", columns, rows)
@@ -185,7 +185,7 @@ def closeness(report: Report) -> str:
     at = longest(report)
     shown = [pair for pair in zip(report["methods"], looks(report), strict=True) if pair[0]["kind"] != "full"]
     key, images = "", ""
-    for field, words in (("kl", "Mean KL"), ("kl_999", "KL that 99.9 % of the positions stay below")):
+    for field, words in (("kl", "Mean KL"), ("kl_999", "KL that 99.9 % of the positions stay below")):
         lines = [Series(m["name"], *look, [(m["held"][at]["nbytes"] / int(at), m[field])]) for m, look in shown]
         image = figures.chart(lines, f"{words} against bytes per token.", "bytes per token", "KL, nats", log_y=True)
         key = figures.legend(lines)
@@ -196,7 +196,7 @@ def closeness(report: Report) -> str:
          f"{m['perplexity'] / report['methods'][0]['perplexity'] - 1:+.2%}", predicted(report, m), drift(m))
         for m in report["methods"]
     ]  # fmt: skip
-    columns = ("cache", "KL, mean ± standard error", "KL, 99.9 %", "same top token", "perplexity", "against full",
+    columns = ("cache", "KL, mean ± standard error", "KL, 99.9 %", "same top token", "perplexity", "against full",
                "KL, predicted by the codec", "unlike calibration")  # fmt: skip
     text = (
         "KL is that of the model’s next-token distribution from full precision’s, in nats: 0 is the same text, "
@@ -389,7 +389,8 @@ def bits(report: Report) -> str:
                 means.setdefault(layer, {})[part] = sum(map(int, digits)) / len(digits)
             label = f"Bits of the {part} at {budget} bits: layers and heads downwards, dimensions across."
             images += figure(
-                figures.heat_map(mine, label), f"{part}: dimensions of falling variance from left to right"
+                figures.heat_map(mine, label),
+                f"{part}: layers and their heads downwards, dimensions of falling variance to the right",
             )
         cells = [(f"layer {i}", *(f"{m[p]:.2f}" if p in m else "–" for p in ("keys", "values")))
                  for i, m in means.items()]  # fmt: skip
@@ -432,7 +433,7 @@ window behind it, as in decoding.</li>
 and the scales of mlx-lm’s.</li>
 <li>Bytes, peak memory and speed: the text, repeated where it is too short, is read once and handed to each cache;
 then 128 tokens are read in one piece and 8 one by one. Memory is MLX’s own count.</li>
-<li>99.9 % of {full["positions"]:,} positions is little more than the worst of them; <code>--tokens</code> reads
+<li>99.9 % of {full["positions"]:,} positions is little more than the worst of them; <code>--tokens</code> reads
 more.</li>
 <li>Codec {esc(codec["identity"])} of model {esc(report["fingerprint"])}: {made}.</li>
 <li>mlx {esc(machine["mlx"])}, mlx-lm {esc(machine["mlx_lm"])}, {esc(machine["system"])},
