@@ -126,6 +126,17 @@ def test_smallest_text_of_a_figure_is_legible_on_a_phone(visit):
     assert min(sizes) >= 9
 
 
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("file", REPORTS, ids=lambda file: file.stem)
+def test_no_letter_of_a_figure_is_cut_off(file, size, visit):
+    tab, _ = visit(file, size)
+    cut = """[...document.querySelectorAll('svg[role=img] text')].filter(e => {
+      const box = e.getBBox(), image = e.ownerSVGElement.viewBox.baseVal, rest = 0.2 * box.height;
+      return box.x < 0 || box.x + box.width > image.width || box.y < -rest || box.y + box.height > image.height + rest;
+    }).map(e => e.textContent)"""
+    assert tab.evaluate(cut) == []
+
+
 def test_hostile_text_stays_text(visit, tmp_path):
     report = json.loads(REPORTS[0].with_suffix(".json").read_text("utf-8"))
     evil = copy.deepcopy(report)

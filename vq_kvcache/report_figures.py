@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 WIDTH, HEIGHT = 400, 250
-LEFT, RIGHT, TOP, BOTTOM = 52, 14, 22, 38
+LEFT, RIGHT, TOP, BOTTOM = 62, 14, 22, 38
 GUTTER = 26  # of a heat map, for the layers' numbers
 MOST_POINTS = 64  # of a spectrum
 
@@ -108,7 +108,7 @@ def chart(series: Sequence[Series], title: str, x_name: str, y_name: str, log_y:
                   text(LEFT - 6, y(tick) + 3.5, short(tick), "end")]  # fmt: skip
     for tick in ticks(0, max(xs) * 1.06, False):
         parts.append(text(x(tick), HEIGHT - BOTTOM + 15, short(tick)))
-    parts += [text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 6, x_name), text(2, 9, y_name, "start")]
+    parts += [text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 6, x_name), text(2, 12, y_name, "start")]
     for one in shown:
         dashes = SHAPES[one.shape % len(SHAPES)][1]
         path = "L".join(f"{x(a):.5g} {y(b):.5g}" for a, b in one.points)
@@ -146,11 +146,11 @@ def spectrum(lines: dict[str, Sequence[float]], low: float, high: float, title: 
     """Falling eigenvalues on a logarithmic scale low..high: "keys" as a line, "values" dashed."""
     y, parts = Scale(low, high, 96, 4, True), []
     for tick in ticks(low, high, True, 4):
-        parts += [f'<path class="grid" d="M26 {y(tick):.4g}H148"/>',
-                  text(23, y(tick) + 3, f"1e{round(math.log10(tick))}", "end")]  # fmt: skip
+        parts += [f'<path class="grid" d="M34 {y(tick):.4g}H148"/>',
+                  text(31, y(tick) + 3, f"1e{round(math.log10(tick))}", "end")]  # fmt: skip
     for part, values in lines.items():
         step = -(-len(values) // MOST_POINTS)
-        x = Scale(0, max(len(values) - 1, 1), 28, 148, False)
+        x = Scale(0, max(len(values) - 1, 1), 35, 148, False)
         path = "L".join(f"{x(i):.4g} {y(max(v, low)):.4g}" for i, v in list(enumerate(values))[::step])
         style, dashes = ("s1", "") if part == "keys" else ("mlx", "4 2")
         parts.append(f'<g class="c-{style}"><path class="line" stroke-dasharray="{dashes}" d="M{path}"/></g>')
@@ -161,7 +161,7 @@ def heat_map(rows: Sequence[tuple[int, int, str]], title: str) -> str:
     """Bits of each dimension (across) of each (layer, head) (down): runs of equal bits as one rectangle each."""
     size = 11.0 if len(rows) <= 24 else 7.0 if len(rows) <= 96 else 4.0
     paths: dict[str, list[str]] = {str(b): [] for b in range(9)}
-    names, top, layer = [], 0.0, -1
+    names, top, layer = [], 2.0, -1
     for row_layer, _, bits in rows:
         if row_layer != layer:
             top += size / 2 if layer >= 0 else 0.0
@@ -176,7 +176,7 @@ def heat_map(rows: Sequence[tuple[int, int, str]], title: str) -> str:
             left += count
         top += size
     step = max(1, -(-len(names) * 11 // max(int(top), 1)))
-    labels = [text(GUTTER - 5, y + 9, f"{n}", "end") for y, n in names[::step]]
+    labels = [text(GUTTER - 5, y + 9.5, f"{n}", "end") for y, n in names[::step]]
     drawn = [f'<path class="w{b}" d="{"".join(runs)}"/>' for b, runs in paths.items() if runs]
     return svg("".join(labels + drawn), WIDTH, top, title)
 
