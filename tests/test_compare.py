@@ -9,6 +9,7 @@ import re
 import mlx.core as mx
 import numpy as np
 import pytest
+import tokenizers
 from conftest import VOCABULARY, tiny_model, tiny_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
@@ -23,7 +24,7 @@ from vq_kvcache.spectral.codec import Codec, fingerprint
 IDS = np.random.default_rng(5).integers(2, VOCABULARY, 700).tolist()
 PROMPT = IDS[:300]
 CONTEXTS = [256, 512, 768]
-REQUEST = compare.Request("words", IDS, "w1 w2", PROMPT, [1.0, 2.0], CONTEXTS, 700, 12)
+REQUEST = compare.Request("words", IDS[:1], IDS[1:], "w1 w2", PROMPT, [1.0, 2.0], CONTEXTS, 699, 12)
 NAMES = [measuring.FULL, measuring.MLX, "spectral 1", "spectral 2"]
 
 
@@ -72,6 +73,10 @@ def test_quality_is_that_of_its_definition(name, report, model, nats):
     assert row["positions"] == 700 - 256
     if name != measuring.FULL:
         assert row["kl"] > 1e-3
+    drifts = [cache.drift for cache in caches if row["kind"] == "spectral"]
+    assert (row["drift"] is None) == (drifts == [])
+    for field in ("overload", "dropped") if drifts else ():
+        assert row["drift"][field] == pytest.approx(max(getattr(d, field) for d in drifts), rel=1e-3)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -352,6 +357,16 @@ def odd_layers():
     from conftest import random_codec
 
     return random_codec(layers=2, key_dims=48).layers
+
+
+def test_texts_begin_as_the_tokenizer_begins_them():
+    inner = tiny_tokenizer()
+    assert compare._opening(TokenizerWrapper(inner)) == []
+    inner.bos_token = "w9"
+    assert compare._opening(TokenizerWrapper(inner)) == []
+    template = tokenizers.processors.TemplateProcessing(single="w9 $A", special_tokens=[("w9", 9)])
+    inner.backend_tokenizer.post_processor = template
+    assert compare._opening(TokenizerWrapper(inner)) == [9]
 
 
 def test_a_prompt_goes_through_the_chat_template():

@@ -40,9 +40,11 @@ READ_TOKENS = 256  # of the prompt whose reading is timed
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """What is to be compared, checked: `ids` of the text, `prompt` as text and as ids."""
+    """What is to be compared, checked: `opening` is what the model's texts begin with, `ids` those of the text without
+    it, `prompt` as text and as ids."""
 
     source: str
+    opening: list[int]
     ids: list[int]
     prompt: str
     prompt_ids: list[int]
@@ -95,7 +97,7 @@ def _bytes_and_speed(
     model: Any, methods: Sequence[Method], request: Request
 ) -> tuple[dict[tuple[str, int], Row], dict[str, float]]:
     total = len(methods) * (READ_TOKENS + len(request.contexts) * measuring.JUDGED)
-    ids = list(itertools.islice(itertools.cycle(request.ids), max(request.contexts)))
+    ids = [*request.opening, *itertools.islice(itertools.cycle(request.ids), max(request.contexts))]
     with tqdm(total=total, desc="bytes and speed", unit="token") as progress:
         measuring.reading_speed(model, methods[0], ids[:64])  # what is compiled or loaded once is not timed
         reading = {}
@@ -109,8 +111,8 @@ def _bytes_and_speed(
 def _quality(model: Any, methods: Sequence[Method], request: Request) -> list[Row]:
     length = min(SEQUENCE, request.tokens, len(request.ids))
     count = max(1, min(request.tokens, len(request.ids)) // length)
-    texts = mx.array([request.ids[i * length : (i + 1) * length] for i in range(count)])
-    with tqdm(total=length * len(methods), desc="next tokens", unit="token") as progress:
+    texts = mx.array([[*request.opening, *request.ids[i * length : (i + 1) * length]] for i in range(count)])
+    with tqdm(total=texts.shape[1] * len(methods), desc="next tokens", unit="token") as progress:
         found, caches = measuring.scores(model, methods, texts, progress.update)
     return [
         {"name": m.name, "kind": m.kind, "bits": m.bits, **measuring.summary(found[m.name]),
@@ -244,13 +246,20 @@ def _request(
         contexts = _numbers("context", args.context, int)
     if wrong := [c for c in contexts if not LEAST_CONTEXT <= c <= most]:
         raise ValueError(f"--context has {wrong[0]:,}; expected {LEAST_CONTEXT} to {most:,}, the model's own.")
+    opening = _opening(tokenizer)
     if prompt is None:
-        prompt_ids = ids[:PROMPT_TOKENS]
-        prompt = str(tokenizer.decode(prompt_ids))
+        prompt_ids = opening + ids[:PROMPT_TOKENS]
+        prompt = str(tokenizer.decode(ids[:PROMPT_TOKENS]))
     else:
         prompt_ids = _prompt_ids(tokenizer, prompt)
-    return Request(source, ids[: max(args.tokens, *contexts)], prompt, prompt_ids, bits, contexts, args.tokens,
+    return Request(source, opening, ids[: max(args.tokens, *contexts)], prompt, prompt_ids, bits, contexts, args.tokens,
                    args.max_tokens)  # fmt: skip
+
+
+def _opening(tokenizer: Any) -> list[int]:
+    """The token that this model's tokenizer puts before every text, if it does; many attend to it as a sink."""
+    first = getattr(tokenizer, "bos_token_id", None)
+    return [int(first)] if first is not None and list(tokenizer.encode("a")[:1]) == [first] else []
 
 
 def _prompt_ids(tokenizer: Any, prompt: str) -> list[int]:
