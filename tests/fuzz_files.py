@@ -22,13 +22,14 @@ import time
 import traceback
 import warnings
 
+import mutations
 from tqdm import tqdm
 
 HERE = pathlib.Path(__file__).resolve()
 HANG_S = 30
-LARGEST_GROWTH = 256 << 20  # bytes of resident memory that one case may add
+LARGEST_GROWTH = 512 << 20  # bytes of resident memory that one case may add
 ROOM = 2 << 30  # bytes of address space for all of them
-BATCH = 500  # cases a process
+BATCH = 2000  # cases a process
 
 
 class Worker:
@@ -114,7 +115,10 @@ def work(arguments):
     for index in range(arguments.first, arguments.last):
         print(json.dumps({"start": index}), flush=True)
         name, outcome, finding, grown = worker.run(index)
-        print(json.dumps({"done": index, "kind": name, "outcome": outcome, "finding": finding, "grown": grown}), flush=True)
+        print(
+            json.dumps({"done": index, "kind": name, "outcome": outcome, "finding": finding, "grown": grown}),
+            flush=True,
+        )
 
 
 class Watcher:
@@ -126,6 +130,12 @@ class Watcher:
         self.done = self.crashes = self.hangs = self.largest = 0
 
     def run(self):
+        with tempfile.TemporaryDirectory() as folder:
+            os.environ["MUTATIONS_BOMB"] = f"{folder}/bomb.npz"
+            mutations.write_bomb(os.environ["MUTATIONS_BOMB"])
+            return self._run()
+
+    def _run(self):
         began, progress = time.monotonic(), tqdm(total=self.arguments.cases, unit="case", desc="fuzzing")
         first = self.arguments.first
         while self.done < self.arguments.cases:
@@ -141,9 +151,13 @@ class Watcher:
         with tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as folder:
             command = [sys.executable, str(HERE), "--work", folder, "--seed", str(self.arguments.seed)]
             command += ["--first", str(first), "--last", str(last), "--kinds", *self.arguments.kinds]
-            with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as child:
+            with (
+                tempfile.TemporaryFile() as said,
+                subprocess.Popen(command, stdout=subprocess.PIPE, stderr=said) as child,
+            ):
                 at, ended = self._listen(child, first, progress)
-                errors = child.stderr.read().decode("utf-8", "replace")[-300:] if ended else ""
+                said.seek(0)
+                errors = said.read().decode("utf-8", "replace")[-300:]
             if at < last and ended is None:
                 self.hangs += 1
                 self._found(at, f"no answer in {HANG_S} s")

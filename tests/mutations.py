@@ -4,6 +4,7 @@ the bytes of a whole file and a random.Random, and return other bytes; `place` p
 import io
 import json
 import os
+import pathlib
 import pickle
 import struct
 import zipfile
@@ -18,9 +19,24 @@ VALUES = [
     "", "a", "0", "-1", "..", "../../escaped", "/etc/passwd", "\x00", "\n\x1b[31m", "é\ud800", "NaN", "1e9", "١", "x" * 5000,
     [], {}, [[]], [None], [1, 2, 3], {"": {}}, [[[[[[[[]]]]]]]], *NUMBERS,
 ]  # fmt: skip
-KEYS = ["", "0", "-1", "00", "9" * 9, "9" * 19, "1_0", "١", "layers", "values", ".", "a.b.c", "0." * 3000 + "0", "__class__"]
+KEYS = [
+    "",
+    "0",
+    "-1",
+    "00",
+    "9" * 9,
+    "9" * 19,
+    "1_0",
+    "١",
+    "layers",
+    "values",
+    ".",
+    "a.b.c",
+    "0." * 3000 + "0",
+    "__class__",
+]
 FLOATS = [np.nan, np.inf, -np.inf, 0.0, -1.0, 1e-38, 1e-45, 1e20, -1e20, 3e38, -3e38, 65504.0]
-BOMB_BYTES = 3 << 30
+BOMB_BYTES = 2 << 30
 
 
 class Marker:
@@ -211,8 +227,10 @@ def _metadata(rng, header):
     key = rng.choice(list(metadata))
     try:
         text = as_json(rng, tree(rng, json.loads(metadata[key]))).decode("utf-8", "replace")
-    except ValueError:
-        text = rng.choice(["", "KVCache", "SpectralKVCache", "BatchSpectralKVCache", "os", "scalar", "string", "none", "9" * 12])
+    except (ValueError, RecursionError):
+        text = rng.choice(
+            ["", "KVCache", "SpectralKVCache", "BatchSpectralKVCache", "os", "scalar", "string", "none", "9" * 12]
+        )
     header["__metadata__"] = {**metadata, key: text}
     return header
 
@@ -230,7 +248,7 @@ def _change_arrays(rng, arrays, texts):
                 fields = tree(rng, fields)
             text = as_json(rng, fields).decode("utf-8", "replace")
             arrays[name] = kind, np.array([ord(c) for c in text]).astype(array.dtype)
-        except (ValueError, OverflowError):
+        except (ValueError, OverflowError, TypeError, RecursionError):
             pass
         return
     action = rng.randrange(9)
@@ -288,7 +306,9 @@ def npy_header(rng, header):
     elif kind < 0.8:
         header.pop(rng.choice(list(header)))
     elif kind < 0.9:
-        return rng.choice(["{" * 4000, "[" * 9000, "-" * 9000 + "1", "(" * 90 + ")" * 90, "__import__('os')", "x" * 70000, "{}"])
+        return rng.choice(
+            ["{" * 4000, "[" * 9000, "-" * 9000 + "1", "(" * 90 + ")" * 90, "__import__('os')", "x" * 70000, "{}"]
+        )
     else:
         header[rng.choice(KEYS)] = value(rng)
     return repr(header)
@@ -302,7 +322,9 @@ def npy(rng, data):
         return pickled(rng)
     array = np.load(io.BytesIO(data), allow_pickle=False)
     if kind < 0.7:
-        text = npy_header(rng, {"descr": array.dtype.str, "fortran_order": False, "shape": array.shape}).encode() + b"\n"
+        text = (
+            npy_header(rng, {"descr": array.dtype.str, "fortran_order": False, "shape": array.shape}).encode() + b"\n"
+        )
         version = rng.choice([(1, 0)] * 8 + [(2, 0), (3, 0), (9, 9)])
         size = struct.pack("<H", len(text) & 0xFFFF) if version == (1, 0) else struct.pack("<I", len(text))
         return b"\x93NUMPY" + bytes(version) + size + text + array.tobytes()
@@ -336,21 +358,16 @@ def pickled(rng):
     return buffer.getvalue()
 
 
-_bombs = {}
-
-
-def bomb():
-    """A member that a few MB of deflated zeros blow up to BOMB_BYTES, in an archive; made once a process."""
-    if "npz" not in _bombs:
-        buffer, zeros = io.BytesIO(), b"\0" * (1 << 20)
-        shape = (BOMB_BYTES // 4,)
-        with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
-            with archive.open("layer_0_key_U.npy", "w", force_zip64=True) as member:
-                np.lib.format.write_array_header_1_0(member, {"descr": "<f4", "fortran_order": False, "shape": shape})
-                for _ in range(BOMB_BYTES >> 20):
-                    member.write(zeros)
-        _bombs["npz"] = buffer.getvalue()
-    return _bombs["npz"]
+def write_bomb(path):
+    """An archive of a few MB whose one member is BOMB_BYTES of zeros, to the file that MUTATIONS_BOMB names."""
+    zeros, shape = b"\0" * (1 << 20), (BOMB_BYTES // 4,)
+    with (
+        zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive,
+        archive.open("layer_0_key_U.npy", "w", force_zip64=True) as member,
+    ):
+        np.lib.format.write_array_header_1_0(member, {"descr": "<f4", "fortran_order": False, "shape": shape})
+        for _ in range(BOMB_BYTES >> 20):
+            member.write(zeros)
 
 
 def npz(rng, data):
@@ -358,7 +375,7 @@ def npz(rng, data):
     if kind < 0.25:
         return flipped(rng, data)
     if kind < 0.26:
-        return bomb()
+        return pathlib.Path(os.environ["MUTATIONS_BOMB"]).read_bytes()
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         members = [(i.filename, archive.read(i)) for i in archive.infolist()]
     at = rng.randrange(len(members))
@@ -369,7 +386,7 @@ def npz(rng, data):
         del members[at]
     elif kind < 0.9:
         wrong = [
-            "../x.npy", "layer_0_key_U", "layer_99999999999_key_U.npy", "layer_-1_key_U.npy", "", "a/", "layer_١_key_U.npy",
+            "../x.npy", "layer_0_key_U", "layer_99999999999_key_U.npy", "layer_-1_key_U.npy", "a/", "layer_١_key_U.npy",
             name, rng.choice(members)[0],
         ]  # fmt: skip
         members[at] = rng.choice(wrong), content

@@ -16,7 +16,7 @@ from .drift import DriftSums
 from .kernels.launches import encode_words
 from .rows import Rows, rows_of
 from .spectral.spectral_quant import Quantizer
-from .storage import BLOCK, LAG, Snapshot, Storage, tokens_to_seal
+from .storage import BLOCK, LAG, Snapshot, Storage, holds_vectors, tokens_to_seal
 
 Counts = tuple[int, ...]
 
@@ -315,6 +315,9 @@ class BatchStorage:
         for chunk in self.codes.held:
             fits &= chunk.words.dtype == mx.uint32 and chunk.words.shape == (batch, width, chunk.capacity)
             fits &= 0 < chunk.tokens <= chunk.capacity
+        # The room that a cache reserves: whoever asks for a wider window than the file has room for asks for memory.
+        fits &= min(self.window, self.sinks) >= 0 and self.sinks + self.window + LAG + 2 * BLOCK <= capacity
+        fits &= holds_vectors(self.exact_keys, self.exact_values, self.key_quantizer, self.value_quantizer)
         if not fits:
             raise ValueError("a stored cache's shapes do not fit its codec; the file is damaged; make it again.")
 

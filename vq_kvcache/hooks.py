@@ -22,6 +22,7 @@ from mlx_lm.models.cache import KVCache
 
 from .batch_cache import BatchSpectralKVCache
 from .cache import ARRAYS_ONLY, LOSSLESS, CacheOptions, SpectralKVCache, register_plan, window_to_repeat
+from .prompt_files import checked_load
 from .rotations import plan_for_model
 from .shards import Share
 from .spectral import intercept
@@ -356,10 +357,12 @@ def install(cache: CacheOptions | type[SpectralKVCache] = SpectralKVCache) -> In
     _replace("mlx_lm.models.cache", "LRUPromptCache.fetch_nearest_cache", _fetch_nearest_cache)
     _module("mlx_lm.server")
     # Commands bind this name when they are imported; a model's make_cache cannot see their --max-kv-size.
-    theirs = mlx_lm_cache.make_prompt_cache
+    bound = {"make_prompt_cache": _make_prompt_cache, "load_prompt_cache": checked_load}
+    theirs = {symbol: getattr(mlx_lm_cache, symbol) for symbol in bound}
     for name, module in list(sys.modules.items()):
-        if name.split(".")[0] == "mlx_lm" and vars(module).get("make_prompt_cache") is theirs:
-            _replace(name, "make_prompt_cache", _make_prompt_cache)
+        for symbol in bound if name.split(".")[0] == "mlx_lm" else ():
+            if vars(module).get(symbol) is theirs[symbol]:
+                _replace(name, symbol, bound[symbol])
         spec = getattr(module, "__spec__", None)  # with `python -m mlx_lm.server`, __main__ has this one, too
         if getattr(spec, "name", None) == "mlx_lm.server" and hasattr(module, "ModelProvider"):
             _replace(name, "ModelProvider.load", _load_without_draft)
