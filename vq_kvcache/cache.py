@@ -194,7 +194,7 @@ class Planned:
         try:
             fields = parse_json(text)
             if fields["format"] != 1:
-                raise ValueError(f"format {fields['format']}")
+                raise ValueError(f"format {fields['format']!r:.40}")
             self._plan = None
             self._plan_name, self._fingerprint = str(fields["plan"]), str(fields["fingerprint"])
             if not _NAMES.fullmatch(f"{self._plan_name} {self._fingerprint}"):

@@ -19,7 +19,7 @@ MOST_PARTS = 16  # of a dotted name: caches within lists of caches have five
 
 
 def read_prompt_file(path: str | os.PathLike[str]) -> tuple[dict[str, mx.array], dict[str, str]]:
-    """The arrays, not read yet, and the metadata of a file of mlx_lm's save_prompt_cache; CodecError for another one."""
+    """Arrays, not read yet, and metadata of a file of mlx_lm's save_prompt_cache; CodecError for another one."""
     name = os.fspath(path)
     if not pathlib.Path(path).is_file():
         raise CodecError(f"{name} is no file; expected a prompt cache's; check the name.")

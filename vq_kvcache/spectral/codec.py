@@ -295,7 +295,8 @@ class Codec:
         except CodecError as error:
             raise CodecError(f"{path}: {error}") from None
         except (SafetensorError, KeyError, ValueError, TypeError, AttributeError, struct.error) as error:
-            raise CodecError(f"{path} is truncated or no codec file ({error}); calibrate again.") from None
+            said = " ".join(f"{error!s:.200}".split())
+            raise CodecError(f"{path} is truncated or no codec file ({said}); calibrate again.") from None
 
 
 def _description(content: bytes) -> dict[str, Any]:

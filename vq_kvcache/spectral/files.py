@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import glob
 import hashlib
 import json
 import os
@@ -9,7 +10,10 @@ import pathlib
 import secrets
 import stat
 import sys
+import time
 from typing import Any, NoReturn
+
+LEFT_BEHIND_S = 3600
 
 
 def cache_folder() -> pathlib.Path:
@@ -33,14 +37,23 @@ def write_atomically(path: pathlib.Path, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+        _sweep(path)
     except BaseException:
         with contextlib.suppress(OSError):
             os.unlink(temporary)
         raise
 
 
+def _sweep(path: pathlib.Path) -> None:
+    """Remove what writers of this file that were killed left behind; one that is still at work is younger."""
+    with contextlib.suppress(OSError):
+        for left in path.parent.glob(f".{glob.escape(path.name)}.*"):
+            if time.time() - left.stat().st_mtime > LEFT_BEHIND_S:
+                left.unlink()
+
+
 def read_file(path: pathlib.Path) -> bytes:
-    """The content of a regular file, or of one that a link leads to; OSError for a pipe or a device, which may never end."""
+    """The content of a regular file, links followed; OSError for a pipe or a device, which may never end."""
     # A pipe would block even while it is opened.
     descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     with open(descriptor, "rb") as file:
