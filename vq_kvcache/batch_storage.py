@@ -154,11 +154,19 @@ class BatchStorage:
         """The exact buffers with windows that end in column `end`, and `room` columns."""
         sinks, newest = max(self.held_sinks), max(self.newest)
         gap, tail = end - newest - sinks, room - end
+        shorter = None
+        if len(set(self.newest)) > 1 or len(set(self.held_sinks)) > 1:
+            # What a shorter row has before its window is left from tokens that are packed or gone; were one NaN, it
+            # would stay NaN behind every mask.
+            first = mx.array([end - own for own in self.newest], mx.int32)[:, None]
+            held, column = mx.array(self.held_sinks, mx.int32)[:, None], mx.arange(room)[None]
+            shorter = ((column >= held) & (column < first))[:, None, :, None]
 
         def arranged(x: mx.array) -> mx.array:
             window = x[:, :, self.window_end - newest : self.window_end]
             parts = [x[:, :, :sinks], _zeros(x, self.batch, gap), window, _zeros(x, self.batch, tail)]
-            return mx.concatenate(parts, axis=2)
+            whole = mx.concatenate(parts, axis=2)
+            return whole if shorter is None else mx.where(shorter, mx.array(0, x.dtype), whole)
 
         return arranged(self.exact_keys), arranged(self.exact_values)
 

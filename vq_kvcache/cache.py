@@ -205,8 +205,8 @@ class Planned:
             return self._read_held(fields)
         except (TypeError, ValueError, KeyError, AttributeError, OverflowError) as error:
             raise ValueError(
-                f"the saved state is not a {type(self).__name__}'s ({error!s:.300}); expected one of this version; make it "
-                "again."
+                f"the saved state is not a {type(self).__name__}'s ({error!s:.300}); expected one of this version; "
+                "make it again."
             ) from None
 
     def _describe(self) -> str:

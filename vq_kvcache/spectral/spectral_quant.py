@@ -195,7 +195,9 @@ class SpectralQuantizer:
         """
         centred = x.astype(mx.float32) - self.mean
         beyond = (mx.abs(centred @ self.analysis) > self._outermost).sum() / max(self._beyond, 1e-30)
-        dropped = ((centred @ self._dropped) ** 2).sum()
+        energy = (centred @ self._dropped) ** 2
+        # One NaN would stay in the sums for good.
+        dropped = mx.where(mx.isfinite(energy), energy, 0).sum()
         return mx.stack([beyond.astype(mx.float32), dropped])
 
     @property
