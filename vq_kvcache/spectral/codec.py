@@ -288,7 +288,7 @@ class Codec:
                 )
             lengths = [provenance.get(n, 0) for n in ("sequence_length", "window", "sinks")]
             if not all(isinstance(n, int) and 0 <= n < 2**31 for n in lengths):
-                raise CodecError(f"it tells of {lengths} tokens; expected whole numbers; calibrate again.")
+                raise CodecError(f"it tells of {lengths!s:.100} tokens; expected whole numbers; calibrate again.")
             return cls(name, _layers(arrays), provenance)
         except OSError as error:
             raise CodecError(f"{path} cannot be read ({error.strerror}); expected a saved codec.") from None
