@@ -9,6 +9,8 @@ LARGEST_GROWTH bytes, a file outside of the folder, a pickle that was run. A fin
 
 import argparse
 import collections
+import concurrent.futures
+import itertools
 import json
 import os
 import pathlib
@@ -18,6 +20,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import traceback
 import warnings
@@ -29,6 +32,7 @@ HERE = pathlib.Path(__file__).resolve()
 HANG_S = 30
 LARGEST_GROWTH = 512 << 20  # bytes of resident memory that one case may add
 ROOM = 2 << 30  # bytes of address space for all of them
+ENDLESS = 1_000_000_000
 BATCH = 2000  # cases a process
 
 
@@ -125,7 +129,7 @@ class Watcher:
     """The parent's part: a process for every few hundred cases, and what became of each."""
 
     def __init__(self, arguments):
-        self.arguments, self.findings = arguments, []
+        self.arguments, self.findings, self.lock = arguments, [], threading.Lock()
         self.outcomes = collections.defaultdict(collections.Counter)
         self.done = self.crashes = self.hangs = self.largest = 0
 
@@ -136,17 +140,29 @@ class Watcher:
             return self._run()
 
     def _run(self):
-        began, progress = time.monotonic(), tqdm(total=self.arguments.cases, unit="case", desc="fuzzing")
-        first = self.arguments.first
-        while self.done < self.arguments.cases:
-            seconds = time.monotonic() - began
-            if self.arguments.seconds is not None and seconds > self.arguments.seconds:
-                break
-            first = self._batch(first, min(first + BATCH, self.arguments.first + self.arguments.cases), progress)
+        first, cases = self.arguments.first, self.arguments.cases
+        self.until = time.monotonic() + (self.arguments.seconds or float("inf"))
+        began = time.monotonic()
+        batches = ((n, min(n + BATCH, first + cases)) for n in itertools.count(first, BATCH))
+        with (
+            tqdm(total=cases if cases < ENDLESS else None, unit="case", desc="fuzzing") as self.progress,
+            concurrent.futures.ThreadPoolExecutor(self.arguments.jobs) as pool,
+        ):
+            list(pool.map(self._batches, [batches] * self.arguments.jobs))
         self.seconds = time.monotonic() - began
         return self
 
-    def _batch(self, first, last, progress):
+    def _batches(self, batches):
+        """Take one range of cases after the other, as long as there is time."""
+        while time.monotonic() < self.until:
+            with self.lock:
+                first, last = next(batches, (None, None))
+            if first is None or first >= self.arguments.first + self.arguments.cases:
+                return
+            while first < last and time.monotonic() < self.until:
+                first = self._batch(first, last)
+
+    def _batch(self, first, last):
         """Run cases first..last in a process, as many as it survives; returns the next one."""
         with tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as folder:
             command = [sys.executable, str(HERE), "--work", folder, "--seed", str(self.arguments.seed)]
@@ -155,41 +171,42 @@ class Watcher:
                 tempfile.TemporaryFile() as said,
                 subprocess.Popen(command, stdout=subprocess.PIPE, stderr=said) as child,
             ):
-                at, ended = self._listen(child, first, progress)
+                at, how = self._listen(child, first)
                 said.seek(0)
                 errors = said.read().decode("utf-8", "replace")[-300:]
-            if at < last and ended is None:
-                self.hangs += 1
-                self._found(at, f"no answer in {HANG_S} s")
-                return at + 1
-            if at < last:
-                self.crashes += 1
-                self._found(at, f"the process ended with {child.returncode}: {errors}")
-                return at + 1
+        if at >= last or how == "time":
             return last
+        if how == "hang":
+            self.hangs += 1
+            self._found(at, f"no answer in {HANG_S} s")
+        else:
+            self.crashes += 1
+            self._found(at, f"the process ended with {child.returncode}: {errors}")
+        return at + 1
 
-    def _listen(self, child, first, progress):
-        """(the case that was not done, whether the process ended)."""
+    def _listen(self, child, first):
+        """(the case that was not done, how it came about: "hang", "end" or "time")."""
         at, rest = first, b""
         while True:
             ready, _, _ = select.select([child.stdout], [], [], HANG_S)
-            if not ready:
+            if not ready or time.monotonic() > self.until:
                 child.kill()
-                return at, None
+                return at, "time" if ready else "hang"
             chunk = os.read(child.stdout.fileno(), 1 << 16)
             if not chunk:
                 child.wait()
-                return at, True
+                return at, "end"
             *lines, rest = (rest + chunk).split(b"\n")
             for line in lines:
                 said = json.loads(line)
                 if "done" in said:
                     at = said["done"] + 1
-                    self._count(said, progress)
+                    with self.lock:
+                        self._count(said)
 
-    def _count(self, said, progress):
+    def _count(self, said):
         self.done += 1
-        progress.update()
+        self.progress.update()
         self.outcomes[said["kind"]][said["outcome"]] += 1
         self.largest = max(self.largest, said["grown"])
         if said["finding"]:
@@ -216,10 +233,11 @@ KINDS = [
 def main():
     """Run the cases; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", type=int, default=1_000_000_000, help="how many (default: until --seconds are over)")
+    parser.add_argument("--cases", type=int, default=ENDLESS, help="how many (default: until --seconds are over)")
     parser.add_argument("--seconds", type=float, help="stop after so many")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--case", type=int, help="only this one")
+    parser.add_argument("--jobs", type=int, default=1, help="processes at a time")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
     parser.add_argument("--out", type=pathlib.Path)
     parser.add_argument("--work", dest="folder", type=pathlib.Path, help=argparse.SUPPRESS)
@@ -231,7 +249,7 @@ def main():
         return 0
     if arguments.case is not None:
         arguments.first, arguments.cases = arguments.case, 1
-    if arguments.seconds is None and arguments.cases == 1_000_000_000:
+    if arguments.seconds is None and arguments.cases == ENDLESS:
         arguments.seconds = 60.0
     report = Watcher(arguments).run().report()
     text = json.dumps(report, indent=1)

@@ -1,6 +1,7 @@
 """Files made wrong in the ways that matter to their readers: `safetensors`, `npy`, `npz`, `manifest` and `text` take
 the bytes of a whole file and a random.Random, and return other bytes; `place` puts something else than a file there."""
 
+import contextlib
 import io
 import json
 import os
@@ -16,8 +17,8 @@ NUMBERS = [
     0.5, 1.5, -0.0, 1e30, 1e308, float("nan"), float("inf"), float("-inf"), True, False, None,
 ]  # fmt: skip
 VALUES = [
-    "", "a", "0", "-1", "..", "../../escaped", "/etc/passwd", "\x00", "\n\x1b[31m", "é\ud800", "NaN", "1e9", "١", "x" * 5000,
-    [], {}, [[]], [None], [1, 2, 3], {"": {}}, [[[[[[[[]]]]]]]], *NUMBERS,
+    "", "a", "0", "-1", "..", "../../escaped", "/etc/passwd", "\x00", "\n\x1b[31m", "é\ud800", "NaN", "1e9", "١",
+    "x" * 5000, [], {}, [[]], [None], [1, 2, 3], {"": {}}, [[[[[[[[]]]]]]]], *NUMBERS,
 ]  # fmt: skip
 KEYS = [
     "",
@@ -57,26 +58,35 @@ def tree(rng, node, depth=0):
         if isinstance(node, int) and not isinstance(node, bool) and rng.random() < 0.5:
             return node + rng.choice([-64, -1, 1, 2, 16, 64, 512])
         return nested(rng) if rng.random() < 0.02 else value(rng)
-    key, child = rng.choice(children)
-    action = rng.random()
-    if isinstance(node, dict):
-        if action < 0.12:
-            return {k: v for k, v in children if k != key}
-        if action < 0.22:
-            return {**node, rng.choice([*KEYS, *node]): child}
-        if action < 0.30:
-            return {(rng.choice(KEYS) if k == key else k): v for k, v in children}
-        if action < 0.38:
-            other = rng.choice(children)[0]
-            return {**node, key: node[other], other: child}
-        return {**node, key: tree(rng, child, depth + 1)}
+    change = _in_object if isinstance(node, dict) else _in_list
+    return change(rng, node, rng.choice(children), children, depth)
+
+
+def _in_object(rng, node, chosen, children, depth):
+    (key, child), action = chosen, rng.random()
     if action < 0.12:
-        return node[:key] + node[key + 1 :]
+        result = {k: v for k, v in children if k != key}
+    elif action < 0.22:
+        result = {**node, rng.choice([*KEYS, *node]): child}
+    elif action < 0.30:
+        result = {(rng.choice(KEYS) if k == key else k): v for k, v in children}
+    elif action < 0.38:
+        other = rng.choice(children)[0]
+        result = {**node, key: node[other], other: child}
+    else:
+        result = {**node, key: tree(rng, child, depth + 1)}
+    return result
+
+
+def _in_list(rng, node, chosen, children, depth):
+    (place, child), action = chosen, rng.random()
+    if action < 0.12:
+        return node[:place] + node[place + 1 :]
     if action < 0.24:
         return [*node, rng.choice([child, value(rng)])]
     if action < 0.32:
         return rng.sample(node, len(node))
-    return [*node[:key], tree(rng, child, depth + 1), *node[key + 1 :]]
+    return [*node[:place], tree(rng, child, depth + 1), *node[place + 1 :]]
 
 
 def nested(rng, depth=None):
@@ -242,14 +252,7 @@ def _change_arrays(rng, arrays, texts):
     name = rng.choice(texts) if texts and rng.random() < 0.5 else rng.choice(list(arrays))
     kind, array = arrays[name]
     if name in texts and rng.random() < 0.9:
-        try:
-            fields = json.loads("".join(map(chr, array.tolist())))
-            for _ in range(rng.choice([1, 1, 2])):
-                fields = tree(rng, fields)
-            text = as_json(rng, fields).decode("utf-8", "replace")
-            arrays[name] = kind, np.array([ord(c) for c in text]).astype(array.dtype)
-        except (ValueError, OverflowError, TypeError, RecursionError):
-            pass
+        _change_text(rng, arrays, name)
         return
     action = rng.randrange(9)
     if action == 0:
@@ -260,9 +263,7 @@ def _change_arrays(rng, arrays, texts):
         other = rng.choice(list(arrays))
         arrays[name], arrays[other] = arrays[other], arrays[name]
     elif action == 3 and array.ndim:
-        axis = rng.randrange(array.ndim)
-        count = rng.choice([0, 1, array.shape[axis] // 2, max(array.shape[axis] - 1, 0), array.shape[axis] * 2])
-        arrays[name] = kind, np.take(array, np.arange(count) % max(array.shape[axis], 1), axis, mode="clip" if array.size else "raise") if array.size else array  # fmt: skip
+        arrays[name] = kind, _change_length(rng, array)
     elif action == 4:
         shapes = [(array.size,), (1, *array.shape), array.shape[::-1], (*array.shape, 1)]
         arrays[name] = kind, array.reshape(rng.choice(shapes))
@@ -274,6 +275,23 @@ def _change_arrays(rng, arrays, texts):
         arrays[name] = kind, np.zeros(rng.choice([(0,), (0, 2**40), (1, 0, 2**31), (0, 0, 0, 0)]), array.dtype)
     elif array.size:
         _change_numbers(rng, array)
+
+
+def _change_text(rng, arrays, name):
+    kind, array = arrays[name]
+    with contextlib.suppress(ValueError, OverflowError, TypeError, RecursionError):  # it was changed before
+        fields = json.loads("".join(map(chr, array.tolist())))
+        for _ in range(rng.choice([1, 1, 2])):
+            fields = tree(rng, fields)
+        text = as_json(rng, fields).decode("utf-8", "replace")
+        arrays[name] = kind, np.array([ord(c) for c in text]).astype(array.dtype)
+
+
+def _change_length(rng, array):
+    axis = rng.randrange(array.ndim)
+    length = array.shape[axis]
+    count = rng.choice([0, 1, length // 2, max(length - 1, 0), length * 2])
+    return np.take(array, np.arange(count) % length, axis) if array.size else array
 
 
 def _change_numbers(rng, array):
@@ -298,8 +316,8 @@ def npy_header(rng, header):
         header["shape"] = rng.choice([huge, (-1,), (2.0,), (True,), "8", None, [8], (), (8,) * 40, huge])
     elif kind < 0.6:
         header["descr"] = rng.choice([
-            "|O", "<f8", "<f2", "<c8", "<i4", "<U4", "<U500000000", "|S2000000000", "<M8[ns]", "|V4", ">f4", "", "x", 7, None,
-            [("a", "<f4")], [("a", "|O")], [("a", "<f4", (2**20, 2**20))], [("a", [("b", [("c", "<f4")])])],
+            "|O", "<f8", "<f2", "<c8", "<i4", "<U4", "<U500000000", "|S2000000000", "<M8[ns]", "|V4", ">f4", "", "x", 7,
+            None, [("a", "<f4")], [("a", "|O")], [("a", "<f4", (2**20, 2**20))], [("a", [("b", [("c", "<f4")])])],
         ])  # fmt: skip
     elif kind < 0.7:
         header["fortran_order"] = rng.choice([True, 1, None, "x"])
@@ -431,7 +449,7 @@ def text(rng, data):
 
 
 def place(rng, path):
-    """In the place of the file: a folder, a link to nothing, to itself, to a folder, to an endless device, or a pipe."""
+    """In the place of the file a folder, a pipe, or a link to nothing, to itself, to a folder, to an endless device."""
     kind = rng.randrange(7)
     if kind == 0:
         path.mkdir()

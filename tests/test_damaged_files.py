@@ -78,7 +78,9 @@ def test_a_codec_of_a_length_that_is_no_number_is_refused(tmp_path, length):
         Codec.load(path)
 
 
-@pytest.mark.parametrize("name", ["mean", "layers.0", "layers.-1.keys.mean", "layers.01.keys.mean", "layers.x.keys.mean"])
+@pytest.mark.parametrize(
+    "name", ["mean", "layers.0", "layers.-1.keys.mean", "layers.01.keys.mean", "layers.x.keys.mean"]
+)
 def test_an_array_of_another_name_is_refused(tmp_path, name):
     path = tmp_path / "a.safetensors"
     random_codec().save(path)
@@ -101,7 +103,9 @@ def test_numbers_that_would_overflow_are_refused(part):
     own = vars(random_codec().layers[0][0])
     with pytest.raises(CodecError, match=r"are empty or hold numbers beyond 1e\+15; expected smaller ones"):
         Transforms(**{**own, part: np.where(np.arange(own[part].size).reshape(own[part].shape) == 0, 1e30, own[part])})
-    with pytest.raises(ValueError, match=r"singular or not finite; expected|a transform reaches 1e\+15; expected small"):
+    with pytest.raises(
+        ValueError, match=r"singular or not finite; expected|a transform reaches 1e\+15; expected small"
+    ):
         SpectralQuantizer.from_transform(np.full(2, 1e30), np.diag([1e200, 1e200]), np.ones(2), [2, 2])
 
 
@@ -124,7 +128,7 @@ def test_what_never_ends_is_not_read(tmp_path, place):
         inspection.inspect(str(tmp_path / "a.safetensors"))
     save_rotations(three_rotations(), tmp_path / "r")
     place(tmp_path / "r" / "manifest.json")
-    with pytest.raises(RotationFileError, match="not a regular file|expected saved rotations; calibrate first"):
+    with pytest.raises(RotationFileError, match=r"not a regular file|expected saved rotations; calibrate first"):
         load_cached_rotations(tmp_path / "r")
     place(tmp_path / "_version.py")
     with pytest.raises(patching.PatchError, match="got no __version__ in"):
@@ -243,7 +247,9 @@ def test_a_damaged_prompt_cache_is_refused_in_one_sentence(saved, change):
 @pytest.mark.parametrize("content", [b"", b"\0" * 8, b"\xff" * 64, b"{}"])
 def test_what_is_no_prompt_cache_is_refused(saved, content):
     saved.write_bytes(content)
-    with pytest.raises(CodecError, match="is no prompt cache that can be read .*; expected a whole one; make it again"):
+    with pytest.raises(
+        CodecError, match=r"is no prompt cache that can be read .*; expected a whole one; make it again"
+    ):
         mlx_lm_cache.load_prompt_cache(str(saved), return_metadata=True)
     with pytest.raises(CodecError, match="is no safetensors file"):
         inspection.inspect(str(saved))
@@ -324,7 +330,8 @@ def test_exact_vectors_that_no_model_gives_are_refused(packed, change):
 
 @pytest.mark.parametrize("name", ["sums", "kept-0", "kept-2"])
 @pytest.mark.parametrize("damage", [
-    lambda b: b[:-1], lambda b: b[:-9] + bytes([b[-9] ^ 1]) + b[-8:], lambda b: b + b"\0", lambda b: b"", lambda b: b[64:],
+    lambda b: b[:-1], lambda b: b[:-9] + bytes([b[-9] ^ 1]) + b[-8:], lambda b: b + b"\0", lambda b: b"",
+    lambda b: b[64:],
 ])  # fmt: skip
 def test_damaged_sums_are_not_gone_on_from(tmp_path, name, damage):
     target = Unfinished(tmp_path / "made")

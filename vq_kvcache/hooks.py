@@ -11,6 +11,7 @@ import importlib
 import inspect
 import os
 import sys
+import threading
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -27,15 +28,7 @@ from .rotations import plan_for_model
 from .shards import Share
 from .spectral import intercept
 from .spectral.calibrate import codec_for
-from .spectral.codec import (
-    Codec,
-    CodecError,
-    Plan,
-    find_codec,
-    fingerprint,
-    fingerprint_of_files,
-    stored_path,
-)
+from .spectral.codec import Codec, CodecError, Plan, find_codec, fingerprint, fingerprint_of_files, stored_path
 from .spectral.spectral_quant import SpectralRotation
 
 CacheChoice = type[KVCache] | CacheOptions | Sequence[Any]
@@ -90,17 +83,19 @@ class Attachment:
 
     def _codec_in_use(self, model: Any, share: Share | None) -> Codec:
         name = self.fingerprint(model, share)
-        if name not in _codecs:
+        with _calibrating:
+            if name in _codecs:
+                return _codecs[name]
             found = codec_for(model, self.tokenizer) if share is None else find_codec(name)
             if found is None:
                 raise CodecError(
                     f"no codec of model {name} in {stored_path(name).parent}, and a model split over several processes "
                     "cannot be calibrated; run `vq_kvcache calibrate MODEL` once and copy the file to every machine."
                 )
-            _codecs[name] = found
-        return _codecs[name]
+            return _codecs.setdefault(name, found)
 
 
+_calibrating = threading.RLock()  # one thread makes the codec, the others wait for it
 _codecs: dict[str, Codec] = {}  # of the models used in this process, by fingerprint
 
 
@@ -312,6 +307,7 @@ def _refuse_kv_bits(kv_bits: int | None, prompt_cache: list[Any] | None) -> None
 _attached: list[weakref.ref[Any]] = []
 _replaced: dict[tuple[str, str], tuple[Any, Any]] = {}  # (module, name or Class.name) -> (original, ours)
 _dispatch_held = False
+_hooking = threading.RLock()
 
 
 class Installation(contextlib.AbstractContextManager["Installation"]):
@@ -325,6 +321,7 @@ class Installation(contextlib.AbstractContextManager["Installation"]):
             uninstall()
 
 
+@intercept.one_at_a_time(_hooking)
 def install(cache: CacheOptions | type[SpectralKVCache] = SpectralKVCache) -> Installation:
     """Turn the spectral cache on for every model that mlx-lm loads from now on, in this process.
 
@@ -369,6 +366,7 @@ def install(cache: CacheOptions | type[SpectralKVCache] = SpectralKVCache) -> In
     return Installation(owns=True)
 
 
+@intercept.one_at_a_time(_hooking)
 def uninstall() -> None:
     """Put back everything that `install` and `attach` replaced, in mlx-lm, in MLX and on attached models, and forget
     the codecs in use."""
