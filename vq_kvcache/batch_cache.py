@@ -15,7 +15,7 @@ from mlx_lm.models.cache import BatchKVCache
 
 from .attention import Mask
 from .batch_storage import BatchStorage
-from .cache import Planned, SpectralKVCache, View
+from .cache import MOST_TOKENS, Planned, SpectralKVCache, View
 from .chunks import Chunk, Chunks
 from .drift import warn_once
 from .spectral.codec import Plan
@@ -23,6 +23,7 @@ from .spectral.intercept import Handle
 from .storage import BLOCK, LAG, Snapshot
 
 Counts = tuple[int, ...]
+MOST_PADDING = 1 << 16  # columns that a file may have beyond its longest row: some row has little padding
 
 
 class RowMask(mx.array):
@@ -301,6 +302,8 @@ class BatchSpectralKVCache(Planned, BatchKVCache):  # type: ignore[misc]  # mlx-
         names = ("held_sinks", "window_start", "packed_tokens", "chunks")
         self._left_padding = tuple(int(n) for n in fields["left_padding"])
         self._columns = int(fields["columns"])
+        if min(self._left_padding, default=-1) < 0 or not 0 <= self._columns < 1 << 31:
+            raise ValueError("padding or columns that cannot be")
         self._right_padding = self._ahead = None
         if "chunks" not in fields:
             return {}
@@ -310,6 +313,8 @@ class BatchSpectralKVCache(Planned, BatchKVCache):  # type: ignore[misc]  # mlx-
     def _restore(self, held: dict[str, Any], arrays: list[mx.array]) -> None:
         self._storage = None
         if not held:
+            if max(self._columns, len(self._left_padding)) > MOST_TOKENS:
+                raise ValueError("a stored cache holds padding alone; the file is damaged; make it again.")
             return
         tokens = held.pop("chunks")
         self._require_arrays(arrays, 2 + len(tokens))
@@ -320,7 +325,8 @@ class BatchSpectralKVCache(Planned, BatchKVCache):  # type: ignore[misc]  # mlx-
         vars(storage).update(held)
         storage.check()
         lengths = zip(storage.layout.lengths, self._left_padding, strict=False)
-        if len(self._left_padding) != storage.batch or any(a + b > self._columns for a, b in lengths if a):
+        wide = self._columns > max(storage.layout.lengths) + MOST_PADDING
+        if wide or len(self._left_padding) != storage.batch or any(a + b > self._columns for a, b in lengths if a):
             raise ValueError("a stored cache's padding does not fit its tokens; the file is damaged; make it again.")
         self._storage = storage
 

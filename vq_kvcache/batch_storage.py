@@ -16,7 +16,7 @@ from .drift import DriftSums
 from .kernels.launches import encode_words
 from .rows import Rows, rows_of
 from .spectral.spectral_quant import Quantizer
-from .storage import BLOCK, LAG, Snapshot, Storage, tokens_to_seal
+from .storage import BLOCK, LAG, Snapshot, Storage, holds_vectors, tokens_to_seal
 
 Counts = tuple[int, ...]
 
@@ -154,11 +154,19 @@ class BatchStorage:
         """The exact buffers with windows that end in column `end`, and `room` columns."""
         sinks, newest = max(self.held_sinks), max(self.newest)
         gap, tail = end - newest - sinks, room - end
+        shorter = None
+        if len(set(self.newest)) > 1 or len(set(self.held_sinks)) > 1:
+            # What a shorter row has before its window is left from tokens that are packed or gone; were one NaN, it
+            # would stay NaN behind every mask.
+            first = mx.array([end - own for own in self.newest], mx.int32)[:, None]
+            held, column = mx.array(self.held_sinks, mx.int32)[:, None], mx.arange(room)[None]
+            shorter = ((column >= held) & (column < first))[:, None, :, None]
 
         def arranged(x: mx.array) -> mx.array:
             window = x[:, :, self.window_end - newest : self.window_end]
             parts = [x[:, :, :sinks], _zeros(x, self.batch, gap), window, _zeros(x, self.batch, tail)]
-            return mx.concatenate(parts, axis=2)
+            whole = mx.concatenate(parts, axis=2)
+            return whole if shorter is None else mx.where(shorter, mx.array(0, x.dtype), whole)
 
         return arranged(self.exact_keys), arranged(self.exact_values)
 
@@ -315,6 +323,9 @@ class BatchStorage:
         for chunk in self.codes.held:
             fits &= chunk.words.dtype == mx.uint32 and chunk.words.shape == (batch, width, chunk.capacity)
             fits &= 0 < chunk.tokens <= chunk.capacity
+        # The room that a cache reserves: whoever asks for a wider window than the file has room for asks for memory.
+        fits &= min(self.window, self.sinks) >= 0 and self.sinks + self.window + LAG + 2 * BLOCK <= capacity
+        fits &= holds_vectors(self.exact_keys, self.exact_values, self.key_quantizer, self.value_quantizer)
         if not fits:
             raise ValueError("a stored cache's shapes do not fit its codec; the file is damaged; make it again.")
 

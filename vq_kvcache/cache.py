@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,6 +17,7 @@ from .chunks import Chunk, Chunks
 from .drift import Drift, warn_once
 from .shards import Share
 from .spectral.codec import Bits, Codec, CodecError, Plan, as_pair, budget_of, find_codec
+from .spectral.files import parse_json
 from .spectral.intercept import Handle, is_pair
 from .spectral.spectral_quant import Quantizer, RawQuantizer
 from .storage import BLOCK, LAG, Snapshot, Storage
@@ -23,6 +25,9 @@ from .storage import BLOCK, LAG, Snapshot, Storage
 LOSSLESS = Plan("lossless", "", {})
 # mlx-lm before 0.32 saves the arrays of a state only, and has `meta_state`; later ones save scalars and strings too.
 ARRAYS_ONLY = hasattr(KVCache, "meta_state")
+
+_NAMES = re.compile(r"[\w@.,#/+-]{1,300} [\w-]{0,200}", re.ASCII)
+MOST_TOKENS = 1 << 20  # that a file may ask to keep exact
 
 _plans: dict[str, Plan] = {LOSSLESS.name: LOSSLESS}
 
@@ -187,17 +192,21 @@ class Planned:
     def _read_description(self, text: Any) -> dict[str, Any]:
         """Take the settings from the description; returns what else it says of what is held, if anything is."""
         try:
-            fields = json.loads(text)
+            fields = parse_json(text)
             if fields["format"] != 1:
-                raise ValueError(f"format {fields['format']}")
+                raise ValueError(f"format {fields['format']!r:.40}")
             self._plan = None
             self._plan_name, self._fingerprint = str(fields["plan"]), str(fields["fingerprint"])
+            if not _NAMES.fullmatch(f"{self._plan_name} {self._fingerprint}"):
+                raise ValueError("the plan or the fingerprint is no plain name")
             self._layer, self._window, self._sinks = (int(fields[n]) for n in ("layer", "window", "sinks"))
+            if not all(0 <= n <= MOST_TOKENS for n in (self._layer, self._window, self._sinks)):
+                raise ValueError(f"a layer, a window or sinks beyond {MOST_TOKENS:,}")
             return self._read_held(fields)
-        except (TypeError, ValueError, KeyError) as error:
+        except (TypeError, ValueError, KeyError, AttributeError, OverflowError) as error:
             raise ValueError(
-                f"the saved state is not a {type(self).__name__}'s ({error}); expected one of this version; make it "
-                "again."
+                f"the saved state is not a {type(self).__name__}'s ({error!s:.300}); expected one of this version; "
+                "make it again."
             ) from None
 
     def _describe(self) -> str:
@@ -217,8 +226,11 @@ class Planned:
 
     @staticmethod
     def _require_arrays(arrays: list[mx.array], count: int) -> None:
-        if len(arrays) != count or any(a.ndim != 4 for a in arrays[:2]):
+        if len(arrays) != count or any(not isinstance(a, mx.array) for a in arrays):
             raise ValueError(f"the saved state holds {len(arrays)} arrays; expected {count}; the file is damaged.")
+        if any(a.ndim != 4 or not a.size for a in arrays[:2]) or any(a.ndim != 3 for a in arrays[2:]):
+            shapes = [a.shape for a in arrays]
+            raise ValueError(f"the saved state holds {shapes!s:.200} arrays; expected others; the file is damaged.")
 
     # -- what pipelines touch
 
@@ -252,6 +264,8 @@ class Planned:
     def state(self, value: Any) -> None:
         text, arrays = self._of_state(value)
         self._restore(self._read_description(text), arrays)
+        if self._storage is not None:  # a file may be written over, and arrays that were not read yet with it
+            mx.eval(self._storage.arrays)
 
     @property
     def meta_state(self) -> Any:

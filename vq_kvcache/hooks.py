@@ -11,6 +11,7 @@ import importlib
 import inspect
 import os
 import sys
+import threading
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -22,19 +23,12 @@ from mlx_lm.models.cache import KVCache
 
 from .batch_cache import BatchSpectralKVCache
 from .cache import ARRAYS_ONLY, LOSSLESS, CacheOptions, SpectralKVCache, register_plan, window_to_repeat
+from .prompt_files import checked_load
 from .rotations import plan_for_model
 from .shards import Share
 from .spectral import intercept
 from .spectral.calibrate import codec_for
-from .spectral.codec import (
-    Codec,
-    CodecError,
-    Plan,
-    find_codec,
-    fingerprint,
-    fingerprint_of_files,
-    stored_path,
-)
+from .spectral.codec import Codec, CodecError, Plan, find_codec, fingerprint, fingerprint_of_files, stored_path
 from .spectral.spectral_quant import SpectralRotation
 
 CacheChoice = type[KVCache] | CacheOptions | Sequence[Any]
@@ -89,17 +83,19 @@ class Attachment:
 
     def _codec_in_use(self, model: Any, share: Share | None) -> Codec:
         name = self.fingerprint(model, share)
-        if name not in _codecs:
+        with _calibrating:
+            if name in _codecs:
+                return _codecs[name]
             found = codec_for(model, self.tokenizer) if share is None else find_codec(name)
             if found is None:
                 raise CodecError(
                     f"no codec of model {name} in {stored_path(name).parent}, and a model split over several processes "
                     "cannot be calibrated; run `vq_kvcache calibrate MODEL` once and copy the file to every machine."
                 )
-            _codecs[name] = found
-        return _codecs[name]
+            return _codecs.setdefault(name, found)
 
 
+_calibrating = threading.RLock()  # one thread makes the codec, the others wait for it
 _codecs: dict[str, Codec] = {}  # of the models used in this process, by fingerprint
 
 
@@ -311,6 +307,7 @@ def _refuse_kv_bits(kv_bits: int | None, prompt_cache: list[Any] | None) -> None
 _attached: list[weakref.ref[Any]] = []
 _replaced: dict[tuple[str, str], tuple[Any, Any]] = {}  # (module, name or Class.name) -> (original, ours)
 _dispatch_held = False
+_hooking = threading.RLock()
 
 
 class Installation(contextlib.AbstractContextManager["Installation"]):
@@ -324,6 +321,7 @@ class Installation(contextlib.AbstractContextManager["Installation"]):
             uninstall()
 
 
+@intercept.one_at_a_time(_hooking)
 def install(cache: CacheOptions | type[SpectralKVCache] = SpectralKVCache) -> Installation:
     """Turn the spectral cache on for every model that mlx-lm loads from now on, in this process.
 
@@ -356,16 +354,19 @@ def install(cache: CacheOptions | type[SpectralKVCache] = SpectralKVCache) -> In
     _replace("mlx_lm.models.cache", "LRUPromptCache.fetch_nearest_cache", _fetch_nearest_cache)
     _module("mlx_lm.server")
     # Commands bind this name when they are imported; a model's make_cache cannot see their --max-kv-size.
-    theirs = mlx_lm_cache.make_prompt_cache
+    bound = {"make_prompt_cache": _make_prompt_cache, "load_prompt_cache": checked_load}
+    theirs = {symbol: getattr(mlx_lm_cache, symbol) for symbol in bound}
     for name, module in list(sys.modules.items()):
-        if name.split(".")[0] == "mlx_lm" and vars(module).get("make_prompt_cache") is theirs:
-            _replace(name, "make_prompt_cache", _make_prompt_cache)
+        for symbol in bound if name.split(".")[0] == "mlx_lm" else ():
+            if vars(module).get(symbol) is theirs[symbol]:
+                _replace(name, symbol, bound[symbol])
         spec = getattr(module, "__spec__", None)  # with `python -m mlx_lm.server`, __main__ has this one, too
         if getattr(spec, "name", None) == "mlx_lm.server" and hasattr(module, "ModelProvider"):
             _replace(name, "ModelProvider.load", _load_without_draft)
     return Installation(owns=True)
 
 
+@intercept.one_at_a_time(_hooking)
 def uninstall() -> None:
     """Put back everything that `install` and `attach` replaced, in mlx-lm, in MLX and on attached models, and forget
     the codecs in use."""

@@ -12,7 +12,9 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.utils import load
 
+from .prompt_files import read_prompt_file
 from .spectral.codec import FORMAT, Codec, CodecError, find_codec, fingerprint_of_files
+from .spectral.files import parse_json
 from .spectral.intercept import Use, members_of, plain_caches, read_by_state, uses
 
 BITS = (1.0, 2.0, 3.0, 4.0)
@@ -33,6 +35,9 @@ def inspect(target: str) -> Report:
     """
     path = pathlib.Path(target)
     if not path.is_file():
+        named = path.suffix == ".safetensors" and not path.is_dir()
+        if named or path.is_symlink() or (path.exists() and not path.is_dir()):
+            raise CodecError(f"{path} is no file; expected a model, a codec or a prompt cache; check the name.")
         return inspect_model(target)
     if FORMAT in (metadata := _metadata(path)):
         return inspect_codec(path)
@@ -123,10 +128,10 @@ def inspect_codec(path: pathlib.Path) -> Report:
 
 def inspect_prompt_cache(path: pathlib.Path, metadata: dict[str, str]) -> Report:
     """Needs no codec: reads the descriptions that spectral caches write into the file."""
-    arrays = mx.load(str(path))
+    arrays, metadata = read_prompt_file(path)
     tree = tree_unflatten(list(metadata.items()))
     classes = next((part for part in tree if _is_classes(part)), None) if isinstance(tree, list) else None
-    if classes is None or not isinstance(arrays, dict):
+    if classes is None:
         raise CodecError(f"{path} is neither a codec nor a prompt cache of mlx-lm; expected a file of one of them.")
     described = {key[: -len(".0")]: text for key, a in arrays.items() if (text := _description(key, a)) is not None}
     rows = []
@@ -153,9 +158,11 @@ def _description(key: str, array: mx.array) -> Report | None:
     if not key.endswith(".0") or array.ndim != 1 or not mx.issubdtype(array.dtype, mx.integer):
         return None
     try:
-        fields = json.loads("".join(map(chr, np.array(array))))
-        return fields if isinstance(fields, dict) and {"plan", "fingerprint", "layer"} <= set(fields) else None
-    except ValueError:
+        fields = parse_json("".join(map(chr, np.array(array).tolist())))
+        chunks = fields.get("chunks", [])
+        known = {"plan", "fingerprint", "layer"} <= set(fields) and isinstance(chunks, list)
+        return fields if known and all(isinstance(n, int) for n in chunks) else None
+    except (ValueError, AttributeError, OverflowError):
         return None
 
 
@@ -174,11 +181,15 @@ def _metadata(path: pathlib.Path) -> dict[str, str]:
             (length,) = struct.unpack("<Q", file.read(8))
             if length > path.stat().st_size:
                 raise ValueError("its header is longer than the file")
-            return dict(json.loads(file.read(length)).get("__metadata__", {}))
+            return dict(parse_json(file.read(length)).get("__metadata__", {}))
     except OSError as error:
-        raise CodecError(f"{path} cannot be read ({error.strerror}); expected a codec or a prompt cache.") from None
-    except (ValueError, struct.error, AttributeError) as error:
-        raise CodecError(f"{path} is no safetensors file ({error}); expected a codec or a prompt cache.") from None
+        raise CodecError(
+            f"{path} cannot be read ({error.strerror}); expected a codec or a prompt cache; check the name."
+        ) from None
+    except (ValueError, TypeError, struct.error, AttributeError) as error:
+        raise CodecError(
+            f"{path} is no safetensors file ({error}); expected a codec or a prompt cache; check the name."
+        ) from None
 
 
 def table(report: Report) -> str:

@@ -172,6 +172,13 @@ def _names(files: list[_File]) -> str:
     return ", ".join(f.path.name for f in files)
 
 
+def _read(path: Path) -> bytes:
+    """The content of a regular file: a pipe or a device may never end."""
+    if path.exists() and not path.is_file():
+        raise OSError("not a regular file")
+    return path.read_bytes()
+
+
 def _backup_path(path: Path) -> Path:
     return path.with_name(path.name + BACKUP_SUFFIX)
 
@@ -191,7 +198,7 @@ def _installed_package() -> Path:
 def _read_version(folder: Path, installed: bool) -> str:
     """Return the version in the folder's own _version.py; the metadata may describe another installation."""
     try:
-        match = _VERSION.search((folder / "_version.py").read_text())
+        match = _VERSION.search(_read(folder / "_version.py").decode())
     except (OSError, UnicodeDecodeError):
         match = None
     if match:
@@ -199,7 +206,9 @@ def _read_version(folder: Path, installed: bool) -> str:
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         if installed:
             return importlib.metadata.version("mlx-lm")
-    raise PatchError(f"got no __version__ in {folder / '_version.py'}, expected the folder of an installed mlx_lm.")
+    raise PatchError(
+        f"got no __version__ in {folder / '_version.py'}, expected the folder of an installed mlx_lm; reinstall it."
+    )
 
 
 def _survey(package_dir: Path | None) -> _Survey:
@@ -225,8 +234,8 @@ def _inspect(patch: _FilePatch, path: Path, version: str) -> tuple[bool, _File]:
     backup = _backup_path(path)
     reinstall = f"`pip install --force-reinstall --no-deps mlx-lm=={version}` restores it."
     try:
-        now = path.read_bytes()
-        original = backup.read_bytes() if backup.exists() else None
+        now = _read(path)
+        original = _read(backup) if backup.exists() else None
     except OSError as error:
         raise PatchError(f"got an mlx-lm {version} with an unreadable {path.name} ({error}); {reinstall}") from error
     try:
@@ -309,7 +318,7 @@ def _stage(path: Path, data: bytes, mode_of: Path) -> Path:
 def _parse(patch: Path) -> list[_FilePatch]:
     """Read a git-style patch that changes existing files of mlx_lm, and nothing else."""
     try:
-        lines = deque(BytesIO(patch.read_bytes()).readlines())
+        lines = deque(BytesIO(_read(patch)).readlines())
         files: list[_FilePatch] = []
         while lines and not lines[0].startswith(b"diff --git "):
             lines.popleft()

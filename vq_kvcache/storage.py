@@ -14,7 +14,7 @@ from .drift import DriftSums
 from .kernels import backend
 from .kernels.launches import decode_heads, decodes, encode_words
 from .rows import Rows, rows_of
-from .spectral.spectral_quant import Quantizer
+from .spectral.spectral_quant import Quantizer, RawQuantizer
 
 BLOCK = 64  # tokens that are packed together
 LAG = 16  # tokens that a seal stays behind the window, so that a speculative rollback never lands in codes
@@ -228,6 +228,9 @@ class Storage:
         for chunk in self.chunks:
             fits &= chunk.words.dtype == mx.uint32 and chunk.words.shape == (batch, width, chunk.capacity)
             fits &= 0 < chunk.tokens <= chunk.capacity
+        # The room that a cache reserves: whoever asks for a wider window than the file has room for asks for memory.
+        fits &= min(self.window, self.sinks) >= 0 and self.sinks + self.window + LAG + BLOCK <= capacity
+        fits &= holds_vectors(self.exact_keys, self.exact_values, self.key_quantizer, self.value_quantizer)
         if not fits:
             raise ValueError("a stored cache's shapes do not fit its codec; the file is damaged; make it again.")
 
@@ -239,6 +242,15 @@ class Storage:
         twin.drift = dataclasses.replace(self.drift)
         twin.codes = self.codes.copy()
         return twin
+
+
+def holds_vectors(keys: mx.array, values: mx.array, key_quantizer: Quantizer, value_quantizer: Quantizer) -> bool:
+    """Whether exact buffers that were read from a file are [B, H, C, D] of one kind of numbers, finite unless they are
+    raw bits."""
+    if keys.dtype != values.dtype or not mx.issubdtype(keys.dtype, mx.floating) or keys.shape[1] != values.shape[1]:
+        return False
+    raw = isinstance(key_quantizer, RawQuantizer), isinstance(value_quantizer, RawQuantizer)
+    return all(r or bool(mx.isfinite(x).all().item()) for r, x in zip(raw, (keys, values), strict=True))
 
 
 def _resized(held: mx.array | None, tokens: int, room: int, like: mx.array) -> mx.array:

@@ -6,6 +6,7 @@ import functools
 import json
 import os
 import pathlib
+import re
 import struct
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -20,9 +21,9 @@ from safetensors.numpy import save as save_safetensors
 
 from .bit_allocator import allocate
 from .codebook import MAX_BITS
-from .files import cache_folder, sha256, write_atomically
+from .files import cache_folder, parse_json, read_file, sha256, write_atomically
 from .packing import WORD_BITS, allocate_words
-from .spectral_quant import SpectralQuantizer, SpectralRotation
+from .spectral_quant import LARGEST, SpectralQuantizer, SpectralRotation
 
 FORMAT = "vq_kvcache.codec"
 VERSION = 2
@@ -31,6 +32,8 @@ SAMPLES_PER_PARAMETER = 256
 # Costs are those of small errors. A head without any codes of its keys would attend to everything alike, which is no
 # small error: on one model a head priced at 0.002 nats cost 0.36.
 LEAST_WORDS = {"keys": 1, "values": 0}
+_ARRAY = re.compile(r"layers\.(0|[1-9][0-9]{0,8})\.(keys|values)\.\w+", re.ASCII)
+_FINGERPRINT = re.compile(r"[\w-]{1,200}", re.ASCII)  # it names a file, so it must not name a folder
 
 
 ARRAYS = ("mean", "analysis", "eigenvalues", "costs", "stretch")
@@ -65,6 +68,11 @@ class Transforms:
             raise CodecError(f"transforms have shapes {shapes}; expected {list(expected)}; calibrate again.")
         if not all(np.isfinite(a).all() for a in arrays) or (self.stretch <= 0).any():
             raise CodecError("transforms hold NaN, infinity or a scale of 0; expected finite ones; calibrate again.")
+        if not heads or not dims or max(float(np.abs(a).max()) for a in arrays) > LARGEST:
+            raise CodecError(
+                f"transforms of {heads} heads of {dims} are empty or hold numbers beyond {LARGEST:g}; expected smaller "
+                "ones; calibrate again."
+            )
 
     def quantizer(self, widths: list[NDArray[np.int64]]) -> SpectralQuantizer:
         """One SpectralQuantizer per head, stacked, from the widths [D] of each."""
@@ -266,29 +274,45 @@ class Codec:
     def load(cls, path: str | os.PathLike[str]) -> "Codec":
         """Read a saved codec; CodecError, in one sentence, for anything that is not a whole one."""
         try:
-            content = pathlib.Path(path).read_bytes()
+            content = read_file(pathlib.Path(path))
             description = _description(content)
             arrays = load_safetensors(content)
             if description.get("version") != VERSION:
-                raise CodecError(f"codec version {description.get('version')}, expected {VERSION}; calibrate again.")
-            return cls(str(description["fingerprint"]), _layers(arrays), dict(description["provenance"]))
+                raise CodecError(
+                    f"codec version {description.get('version')!s:.40}, expected {VERSION}; calibrate again."
+                )
+            name, provenance = description["fingerprint"], dict(description["provenance"])
+            if not isinstance(name, str) or not _FINGERPRINT.fullmatch(name):
+                raise CodecError(
+                    "the fingerprint is no plain name; expected letters, digits, - and _; calibrate again."
+                )
+            lengths = [provenance.get(n, 0) for n in ("sequence_length", "window", "sinks")]
+            if not all(isinstance(n, int) and 0 <= n < 2**31 for n in lengths):
+                raise CodecError(f"it tells of {lengths!s:.100} tokens; expected whole numbers; calibrate again.")
+            return cls(name, _layers(arrays), provenance)
         except OSError as error:
             raise CodecError(f"{path} cannot be read ({error.strerror}); expected a saved codec.") from None
         except CodecError as error:
             raise CodecError(f"{path}: {error}") from None
         except (SafetensorError, KeyError, ValueError, TypeError, AttributeError, struct.error) as error:
-            raise CodecError(f"{path} is truncated or no codec file ({error}); calibrate again.") from None
+            said = " ".join(f"{error!s:.200}".split())
+            raise CodecError(f"{path} is truncated or no codec file ({said}); calibrate again.") from None
 
 
 def _description(content: bytes) -> dict[str, Any]:
     (length,) = struct.unpack("<Q", content[:8])
-    header = json.loads(content[8 : 8 + min(length, len(content))])
-    return dict(json.loads(header["__metadata__"][FORMAT]))
+    header = parse_json(content[8 : 8 + min(length, len(content))])
+    return dict(parse_json(header["__metadata__"][FORMAT]))
 
 
 def _layers(arrays: dict[str, NDArray[Any]]) -> dict[int, tuple[Transforms, Transforms | None]]:
-    indices = sorted({int(name.split(".")[1]) for name in arrays})
-    with_values = {int(name.split(".")[1]) for name in arrays if ".values." in name}
+    found = [_ARRAY.fullmatch(name) for name in arrays]
+    if not all(found):
+        raise CodecError(
+            f"it holds {', '.join(arrays)[:80]!r}; expected layers.<i>.keys.mean and so on; calibrate again."
+        )
+    indices = sorted({int(match[1]) for match in found if match})
+    with_values = {int(match[1]) for match in found if match and match[2] == "values"}
     return {
         i: (
             _transforms(arrays, f"layers.{i}.keys"),
@@ -370,7 +394,9 @@ def _sample(array: mx.array, count: int) -> mx.array:
 
 
 def stored_path(model_fingerprint: str) -> pathlib.Path:
-    """Where the codec of a model is looked for and stored."""
+    """Where the codec of a model is looked for and stored; CodecError for what is no fingerprint."""
+    if not _FINGERPRINT.fullmatch(model_fingerprint):
+        raise CodecError(f"{model_fingerprint[:80]!r} is no model's fingerprint; expected a plain name; make it again.")
     return cache_folder() / "codecs" / f"{model_fingerprint}.safetensors"
 
 

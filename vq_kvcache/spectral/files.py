@@ -1,11 +1,19 @@
 """Writing files so that nothing is lost, and finding the folder they live in."""
 
 import contextlib
+import errno
+import glob
 import hashlib
+import json
 import os
 import pathlib
 import secrets
+import stat
 import sys
+import time
+from typing import Any, NoReturn
+
+LEFT_BEHIND_S = 3600
 
 
 def cache_folder() -> pathlib.Path:
@@ -29,10 +37,41 @@ def write_atomically(path: pathlib.Path, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+        _sweep(path)
     except BaseException:
         with contextlib.suppress(OSError):
             os.unlink(temporary)
         raise
+
+
+def _sweep(path: pathlib.Path) -> None:
+    """Remove what writers of this file that were killed left behind; one that is still at work is younger."""
+    with contextlib.suppress(OSError):
+        for left in path.parent.glob(f".{glob.escape(path.name)}.*"):
+            if time.time() - left.stat().st_mtime > LEFT_BEHIND_S:
+                left.unlink()
+
+
+def read_file(path: pathlib.Path) -> bytes:
+    """The content of a regular file, links followed; OSError for a pipe or a device, which may never end."""
+    # A pipe would block even while it is opened.
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    with open(descriptor, "rb") as file:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "not a regular file", str(path))
+        return file.read()
+
+
+def parse_json(text: str | bytes) -> Any:
+    """JSON of finite numbers; ValueError for any other text, however deep."""
+
+    def refuse(constant: str) -> NoReturn:
+        raise ValueError(f"the number {constant}")
+
+    try:
+        return json.loads(text, parse_constant=refuse)
+    except RecursionError:
+        raise ValueError("nested too deep") from None
 
 
 def sha256(data: bytes) -> str:

@@ -6,9 +6,10 @@ from, so the patched function asks the handle's source to attend and passes ever
 
 import contextlib
 import dataclasses
+import functools
 import threading
 from collections.abc import Callable, Collection, Iterator, Sequence
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypeVar, cast
 
 import mlx.core as mx
 
@@ -24,6 +25,23 @@ class Source(Protocol):
         self, queries: mx.array, keys: "Handle", values: mx.array, original: Callable[..., mx.array], **options: Any
     ) -> mx.array:
         """The result of scaled_dot_product_attention for this handle; `original` is MLX's own function."""
+
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def one_at_a_time(lock: contextlib.AbstractContextManager[Any]) -> Callable[[F], F]:
+    """Decorates functions that one thread after the other may enter."""
+
+    def decorate(function: F) -> F:
+        @functools.wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            with lock:
+                return function(*args, **kwargs)
+
+        return cast(F, call)
+
+    return decorate
 
 
 class Handle(mx.array):

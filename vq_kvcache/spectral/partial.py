@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import pathlib
 import shutil
 import time
 import warnings
@@ -16,11 +17,11 @@ from safetensors.numpy import load as load_safetensors
 from safetensors.numpy import save as save_safetensors
 
 from .calibration_text import Placed
-from .files import cache_folder, sha256, write_atomically
+from .files import cache_folder, read_file, sha256, write_atomically
 from .fisher import LayerFisher, Setting, Statistics
 from .moments import Moments, SecondMoments
 
-VERSION = 1
+VERSION = 2
 SECONDS_BETWEEN_SAVES = 10.0
 PARTS = ("keys", "values")
 
@@ -28,8 +29,9 @@ PARTS = ("keys", "values")
 class Partial:
     """The folder of one unfinished calibration, named by model, text and setting: other ones never meet.
 
-    sums.safetensors holds moments (float64) and how many sequences they cover; kept-N.safetensors the vectors and
-    gradients of sequence N, written before the sums that count it.
+    `sums` holds moments (float64) and how many sequences they cover; `kept-N` the vectors and gradients of sequence N,
+    written before the sums that count it. Each is a SHA-256 and a safetensors file that has it: a codec made of damaged
+    sums would look like any other.
     """
 
     def __init__(self, fingerprint: str, sequences: Sequence[Placed], setting: Setting) -> None:
@@ -42,11 +44,11 @@ class Partial:
     def load(self) -> tuple[Statistics, int]:
         """Statistics so far, and how many sequences they are of; nothing and 0 when there are none, or damaged ones."""
         try:
-            arrays = load_safetensors((self.folder / "sums.safetensors").read_bytes())
+            arrays = _read(self.folder / "sums")
             done, self._kept = (int(n) for n in arrays.pop("done"))
             statistics = _statistics(arrays)
             for n in range(self._kept):
-                held = load_safetensors((self.folder / f"kept-{n}.safetensors").read_bytes())
+                held = _read(self.folder / f"kept-{n}")
                 for layer, pair in statistics.items():
                     for part, seen in zip(PARTS, pair, strict=True):
                         found = tuple(mx.array(held[f"{layer}.{part}.{name}"]) for name in ("vectors", "gradients"))
@@ -70,9 +72,9 @@ class Partial:
                     for part, seen in zip(PARTS, pair, strict=True)
                     for name, array in zip(("vectors", "gradients"), seen.kept[n], strict=True)
                 }
-                write_atomically(self.folder / f"kept-{n}.safetensors", save_safetensors(kept))
+                _write(self.folder / f"kept-{n}", kept)
             sums = _sums(statistics) | {"done": np.array([done, held])}
-            write_atomically(self.folder / "sums.safetensors", save_safetensors(sums))
+            _write(self.folder / "sums", sums)
             self._kept = held
         except OSError as error:
             warnings.warn(
@@ -85,6 +87,19 @@ class Partial:
         shutil.rmtree(self.folder, ignore_errors=True)
         with contextlib.suppress(OSError):
             self.folder.parent.rmdir()  # when no other is left
+
+
+def _write(path: pathlib.Path, arrays: dict[str, NDArray[Any]]) -> None:
+    content = save_safetensors(arrays)
+    write_atomically(path, sha256(content).encode() + content)
+
+
+def _read(path: pathlib.Path) -> dict[str, NDArray[Any]]:
+    """ValueError unless it is what was written."""
+    content = read_file(path)
+    if sha256(content[64:]).encode() != content[:64]:
+        raise ValueError("damaged")
+    return load_safetensors(content[64:])
 
 
 def _named(layer: int, seen: tuple[LayerFisher, LayerFisher]) -> Iterator[tuple[str, Moments, SecondMoments]]:

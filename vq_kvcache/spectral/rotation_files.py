@@ -7,19 +7,28 @@ import os
 import pathlib
 import re
 import zipfile
+import zlib
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
-from .files import sha256, write_atomically
+from .files import parse_json, read_file, sha256, write_atomically
 from .spectral_quant import SpectralRotation
 
 FORMAT = "vq_kvcache.rotations"
 VERSION = 1
 MANIFEST = "manifest.json"
 PARTS = ("rotation_matrix", "eigenvalues", "mean")
+_MEMBER = re.compile(r"layer_[0-9]{1,9}_(key|val)_(U|ev)\.npy")
+MOST_BYTES = 1 << 30  # that an archive may unpack to
+# Of what NumPy writes, floating-point arrays alone; nothing in a header is evaluated.
+_NPY = re.compile(
+    rb"\x93NUMPY(?:\x01\x00..|[\x02\x03]\x00....)\{'descr': '([<>]f[248])', 'fortran_order': (True|False), "
+    rb"'shape': \(([0-9]{1,9}(?:, [0-9]{1,9})*)?,?\), \} *\n",
+    re.DOTALL,
+)
 
 
 class RotationFileError(ValueError):
@@ -83,7 +92,7 @@ def load_cached_rotations(path: str | os.PathLike[str]) -> list[SpectralRotation
 
 def _read_manifest(path: pathlib.Path) -> list[dict[str, Any]]:
     try:
-        manifest = json.loads(path.read_text("utf-8"))
+        manifest = parse_json(read_file(path))
     except FileNotFoundError:
         raise RotationFileError(f"no {MANIFEST} in {path.parent}; expected saved rotations; calibrate first.") from None
     except (ValueError, OSError) as error:
@@ -99,6 +108,8 @@ def _read_manifest(path: pathlib.Path) -> list[dict[str, Any]]:
 def _load_one(folder: pathlib.Path, entry: dict[str, Any]) -> SpectralRotation:
     try:
         arrays = {part: _load_array(folder, entry["arrays"][part]) for part in PARTS if part in entry["arrays"]}
+        if (arrays["eigenvalues"] < 0).any():
+            raise ValueError("an eigenvalue is negative")
         values = _load_one(folder, entry["values"]) if "values" in entry else None
         return SpectralRotation(
             rotation_matrix=mx.array(arrays["rotation_matrix"]),
@@ -110,48 +121,63 @@ def _load_one(folder: pathlib.Path, entry: dict[str, Any]) -> SpectralRotation:
         )
     except RotationFileError:
         raise
-    except (KeyError, TypeError, ValueError) as error:
-        raise RotationFileError(f"{folder / MANIFEST} is malformed ({error!r}); calibrate again.") from None
+    except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
+        raise RotationFileError(f"{folder / MANIFEST} is malformed ({error!r:.300}); calibrate again.") from None
 
 
 def _load_array(folder: pathlib.Path, description: dict[str, Any]) -> NDArray[np.float32]:
     file = folder / pathlib.PurePath(str(description["file"])).name  # never outside the folder
     try:
-        content = file.read_bytes()
+        content = read_file(file)
     except OSError as error:
         raise RotationFileError(f"{file} cannot be read ({error.strerror}); calibrate again.") from None
     if sha256(content) != description["sha256"]:
         raise RotationFileError(f"{file} does not match its checksum (truncated or altered); calibrate again.")
-    array = _read_npy(io.BytesIO(content), str(file))
+    try:
+        array = _read_npy(content)
+    except ValueError as error:
+        raise RotationFileError(
+            f"{file} is no plain .npy array ({error}); expected float32; calibrate again."
+        ) from None
     if list(array.shape) != description["shape"] or not np.isfinite(array).all():
         raise RotationFileError(f"{file} has shape {array.shape} or non-finite numbers; calibrate again.")
     return array
 
 
-def _read_npy(stream: Any, name: str) -> NDArray[np.float32]:
-    try:
-        array = np.load(stream, allow_pickle=False)
-        return np.asarray(array, dtype=np.float32)
-    except (ValueError, EOFError, OSError, TypeError, zipfile.BadZipFile) as error:
-        raise RotationFileError(
-            f"{name} is no plain .npy array ({error}); expected float32; calibrate again."
-        ) from None
+def _read_npy(content: bytes) -> NDArray[np.float32]:
+    """ValueError for anything but a whole .npy of floating-point numbers."""
+    if (match := _NPY.match(content)) is None:
+        raise ValueError("no plain .npy array")
+    shape = [int(n) for n in (match[3] or b"").split(b", ") if n]
+    array = np.frombuffer(content, match[1].decode(), offset=match.end())
+    return array.reshape(shape, order="F" if match[2] == b"True" else "C").astype(np.float32)
 
 
 def _load_archive(path: pathlib.Path) -> list[SpectralRotation]:
     """veloxquant_mlx 0.94: layer_<i>_{key,val}_{U,ev}, eigenvectors as columns, no mean."""
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            arrays = {name: np.asarray(archive[name], dtype=np.float32) for name in archive.files}
-    except (ValueError, EOFError, OSError, KeyError, zipfile.BadZipFile) as error:
-        raise RotationFileError(f"{path} cannot be read ({error}); expected veloxquant_mlx's rotations.npz.") from None
-    layers = sorted(int(m[1]) for name in arrays if (m := re.fullmatch(r"layer_(\d+)_key_U", name)))
+        with zipfile.ZipFile(io.BytesIO(read_file(path))) as archive:
+            members = [m for m in archive.infolist() if _MEMBER.fullmatch(m.filename)]
+            if sum(m.file_size for m in members) > MOST_BYTES:
+                raise ValueError(f"more than {MOST_BYTES:,} bytes unpacked")
+            if any(m.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) for m in members):
+                raise ValueError("compressed in another way than NumPy's")
+            arrays = {m.filename.removesuffix(".npy"): _read_npy(archive.read(m)) for m in members}
+    except (ValueError, EOFError, OSError, RuntimeError, OverflowError, zlib.error, zipfile.BadZipFile) as error:
+        raise RotationFileError(
+            f"{path} cannot be read ({error!r:.300}); expected veloxquant_mlx's rotations.npz; calibrate again."
+        ) from None
+    layers = sorted(int(m[1]) for name in arrays if (m := re.fullmatch(r"layer_([0-9]{1,9})_key_U", name)))
     if not layers:
-        raise RotationFileError(f"{path} holds no layer_<i>_key_U; expected veloxquant_mlx's rotations.npz.")
+        raise RotationFileError(
+            f"{path} holds no layer_<i>_key_U; expected veloxquant_mlx's rotations.npz; calibrate again."
+        )
     try:
         return [_archived(arrays, i, "key", _archived(arrays, i, "val", None)) for i in layers]
-    except (KeyError, IndexError, ValueError) as error:
-        raise RotationFileError(f"{path} is incomplete ({error}); expected U and ev of every layer.") from None
+    except (KeyError, IndexError, ValueError, OverflowError) as error:
+        raise RotationFileError(
+            f"{path} is incomplete ({error}); expected U and ev of every layer; calibrate again."
+        ) from None
 
 
 def _archived(

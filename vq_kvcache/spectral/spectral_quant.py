@@ -24,6 +24,7 @@ from .trellis import quantize_rings
 DROPPED_WATCHED = 8  # of each head's dimensions without bits, those of most variance: nearly all that is dropped
 # Dimensions of no variance in calibration still need a finite scale: this share of the largest standard deviation.
 SMALLEST_RELATIVE_DEVIATION = 1e-6
+LARGEST = 1e15  # of what decoding multiplies and adds, so that it stays finite in float32
 
 
 @dataclasses.dataclass
@@ -107,7 +108,7 @@ class SpectralQuantizer:
         neighbours together (trellis.py).
         """
         matrix = np.array(analysis, dtype=np.float64)
-        if not np.isfinite(matrix).all() or np.linalg.cond(matrix) > 1e12:
+        if not np.isfinite(matrix).all() or not np.linalg.cond(matrix) <= 1e12:  # NaN where it overflows
             raise ValueError("analysis is singular or not finite; expected an invertible matrix [D, D]; recalibrate.")
         quantizer = cls.__new__(cls)
         quantizer._set_up(
@@ -157,6 +158,8 @@ class SpectralQuantizer:
             deviation = np.maximum(deviation, max(deviation.max() * SMALLEST_RELATIVE_DEVIATION, 1e-30))[order]
             analysis[h, :, : len(order)] = analyses[h][:, order] / deviation
             synthesis[h, : len(order)] = syntheses[h][order] * deviation[:, None]
+        if not all(np.abs(a).max(initial=0) < LARGEST for a in (*means, synthesis)):
+            raise ValueError(f"a transform reaches {LARGEST:g}; expected smaller numbers; recalibrate.")
         self.mean = mx.array(np.stack(means)[:, None, :].astype(np.float32))
         self.analysis = mx.array(analysis.astype(np.float32))
         self.synthesis = mx.array(synthesis.astype(np.float32))
@@ -192,7 +195,9 @@ class SpectralQuantizer:
         """
         centred = x.astype(mx.float32) - self.mean
         beyond = (mx.abs(centred @ self.analysis) > self._outermost).sum() / max(self._beyond, 1e-30)
-        dropped = ((centred @ self._dropped) ** 2).sum()
+        energy = (centred @ self._dropped) ** 2
+        # One NaN would stay in the sums for good.
+        dropped = mx.where(mx.isfinite(energy), energy, 0).sum()
         return mx.stack([beyond.astype(mx.float32), dropped])
 
     @property
