@@ -21,7 +21,9 @@ from mlx_lm.models import cache as mlx_lm_cache
 from mlx_lm.models.cache import KVCache
 
 from .batch_cache import BatchSpectralKVCache
-from .cache import ARRAYS_ONLY, LOSSLESS, CacheOptions, SpectralKVCache, register_plan, window_to_repeat
+from .cache import ARRAYS_ONLY, LOSSLESS, SpectralKVCache, register_plan, window_to_repeat
+from .fitting import settled
+from .options import CacheOptions
 from .rotations import plan_for_model
 from .shards import Share
 from .spectral import intercept
@@ -30,6 +32,7 @@ from .spectral.codec import (
     Codec,
     CodecError,
     Plan,
+    codec_of_file,
     find_codec,
     fingerprint,
     fingerprint_of_files,
@@ -69,23 +72,24 @@ class Attachment:
             self._whole = fingerprint_of_files(self._source)
         return self._whole
 
-    def plan(self, model: Any, options: CacheOptions) -> Plan:
-        """The plan for these options; finds or calibrates the codec on first use."""
+    def plan(self, model: Any, options: CacheOptions) -> tuple[Plan, CacheOptions]:
+        """The plan for these options, and what they come to; finds or calibrates the codec on first use."""
         if options.lossless:
-            return LOSSLESS
+            return LOSSLESS, options
         if self._fixed is not None and options.codec is None:
-            return self._fixed
+            return self._fixed, options
         share = Share.of(model)
         codec = options.codec
         if isinstance(codec, str | os.PathLike):
-            codec = Codec.load(codec)
+            codec = codec_of_file(codec)
         if codec is not None:
             if codec.fingerprint != (name := self.fingerprint(model, share)):
                 raise CodecError(f"the codec is of model {codec.fingerprint}; this model is {name}; use its own codec.")
         else:
             codec = self._codec = self._codec or self._codec_in_use(model, share)
-        plan = options.plan(codec)
-        return register_plan(plan if share is None else share.of_plan(plan))
+        options = settled(model, codec, options, share is not None)
+        plan = codec.plan(options.bits_per_value)
+        return register_plan(plan if share is None else share.of_plan(plan)), options
 
     def _codec_in_use(self, model: Any, share: Share | None) -> Codec:
         name = self.fingerprint(model, share)
@@ -145,7 +149,7 @@ def make_prompt_cache(
     attachment = _attachment(model) or Attachment(tokenizer, cache, None)
     if attachment.tokenizer is None:
         attachment.tokenizer = tokenizer
-    return _spectral_caches(model, attachment.plan(model, cache), cache)
+    return _spectral_caches(model, *attachment.plan(model, cache))
 
 
 def _spectral_caches(model: Any, plan: Plan, options: CacheOptions) -> list[Any]:
@@ -159,7 +163,7 @@ def _spectral_caches(model: Any, plan: Plan, options: CacheOptions) -> list[Any]
         packed -= others
 
     def choose(index: int, own: Any, nested: bool) -> Any:
-        return SpectralKVCache(plan, index, options.window, options.sinks) if index in packed else own
+        return SpectralKVCache(plan, index, options.window, options.sinks, options.context) if index in packed else own
 
     return intercept.replace_kv(own_caches(model), choose)
 
