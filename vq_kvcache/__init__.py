@@ -1,7 +1,7 @@
 """Spectral KV-cache compression for mlx-lm.
 
 `generate(model, tokenizer, prompt, cache=SpectralKVCache)` in one call, `attach(model)` or `load(path)` for one model,
-`install()` for every model of the process; `SpectralKVCache.with_options(...)` where a cache is asked for says how small.
+`install()` for all of the process; what a cache is to take, `SpectralKVCache.with_options(...)` says.
 """
 
 import importlib

@@ -263,7 +263,8 @@ class SpectralKVCache(Planned, KVCache):  # type: ignore[misc]  # mlx-lm is unty
     def __init__(
         self, plan: Plan | None = None, layer: int = 0, window: int = 128, sinks: int = 4, context: int | None = None
     ) -> None:
-        """context: tokens to expect, beyond which nothing is reserved."""
+        """plan: a codec's; ValueError without one.  layer: index of the layer's cache.  window, sinks: newest and first
+        tokens that stay exact.  context: tokens to expect, beyond which nothing is reserved."""
         self._set_plan(plan, layer, window, sinks)
         self._storage: Storage | None = None
         self._context = context or 0
@@ -279,7 +280,14 @@ class SpectralKVCache(Planned, KVCache):  # type: ignore[misc]  # mlx-lm is unty
         memory: int | str | None = None,
         context: int | None = None,
     ) -> CacheOptions:
-        """Options to pass as `cache=` in place of the class; CacheOptions says what each means."""
+        """Options to pass as `cache=` in place of the class.
+
+        bits_per_value: stored bits per cached number, 0.25 to 8; a pair for keys and values apart.  max_kl: instead,
+        the fewest bits that are predicted to cost so many nats.  memory: instead, the most bits whose cache takes so
+        many bytes (a number, "2GB", "500MB"), for sequences of `context` tokens (default: the model's limit, or what 1
+        bit holds of it).  window, sinks: newest and first tokens that stay exact.  codec: a Codec or a file (default:
+        found by model, or made once).  lossless: raw bits, for tests. ValueError names what is out of range.
+        """
         return CacheOptions(bits_per_value, window, sinks, codec, lossless, max_kl, memory, context)
 
     # -- what a model calls

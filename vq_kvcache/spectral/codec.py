@@ -199,7 +199,7 @@ class Codec:
         """Mean KL of the next-token distribution, in nats, that this budget is expected to cost text like the
         calibration's, at positions beyond window and sinks and contexts as long as its sequences.
 
-        ValueError for a codec whose costs are not in nats.
+        bits_per_value: as in `plan`. ValueError for a codec whose costs are not in nats.
         """
         if not self.in_nats:
             raise ValueError(
@@ -251,7 +251,7 @@ class Codec:
         return widths
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write one safetensors file, atomically."""
+        """Write one safetensors file at `path`, atomically."""
         write_atomically(pathlib.Path(path), self._serialised())
 
     def _serialised(self) -> bytes:
@@ -268,7 +268,7 @@ class Codec:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Codec":
-        """Read a saved codec; CodecError, in one sentence, for anything that is not a whole one."""
+        """Read the codec saved at `path`; CodecError, in one sentence, for anything that is not a whole one."""
         try:
             content = pathlib.Path(path).read_bytes()
             description = _description(content)
