@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from test_kinds_of_models import build
 
 import vq_kvcache
-from vq_kvcache import SpectralKVCache, cli, demo, hooks
+from vq_kvcache import SpectralKVCache, cli, demo, fitting, hooks
 from vq_kvcache.batch_cache import BatchSpectralKVCache
 from vq_kvcache.chunks import Chunks
 from vq_kvcache.fitting import Fit, Room, fit, settled, size
@@ -264,6 +264,15 @@ def test_commands_say_what_they_use_once(capsys, monkeypatch, shipped):
     assert str(fit(*shipped, CacheOptions(max_kl=0.01))) in capsys.readouterr().err
     assert cli.main(GENERATE) == 0
     assert "tokens in" not in capsys.readouterr().err
+
+
+def test_the_answer_is_worked_out_once(shipped, monkeypatch):
+    asked = []
+    monkeypatch.setattr(fitting, "fit", lambda *a: asked.append(a) or Fit(1.5, 600, 1, None))
+    for memory in ("2MB", "2MB", "3MB"):
+        options = settled(*shipped, CacheOptions(memory=memory))
+        assert (options.bits_per_value, options.context, options.memory) == (1.5, 600, None)
+    assert len(asked) == 2
 
 
 def test_a_codec_file_is_read_and_planned_once(shipped, tmp_path, monkeypatch):

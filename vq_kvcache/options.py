@@ -13,7 +13,7 @@ _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", re.IGNORECASE)
 def size_in_bytes(size: Any) -> int:
     """Bytes of a number of them, or of text such as "2GB" (2,000,000,000), "2GiB", "500 MB" or "1.5g"."""
     match = _SIZE.fullmatch(str(size).strip()) if isinstance(size, int | str) else None
-    if match is None or (match[3] and not match[2]) or not (count := float(match[1])) or isinstance(size, bool):
+    if match is None or (match[3] and not match[2]) or not (count := float(match[1])):
         raise ValueError(f"memory is {size!r}; expected bytes above 0, as a number or as 2GB, 2GiB or 500MB.")
     return int(count * (1024 if match[3] else 1000) ** " KMGT".index(match[2].upper() or " "))
 
