@@ -244,10 +244,10 @@ def gains(decode: list[Result], memory: dict[str, Any]) -> str:
     held = {name: rows[longest]["nbytes"] for name, rows in memory["held"].items()}
     lines = [
         f"At 2 bits the cache of tiny-llama takes {held['spectral 2.0'] / held['full precision']:.1%} of full "
-        f"precision at {int(longest):,} tokens, exact window and reserved room included. KL to full precision, nats, geometric "
-        "mean over five domains:",
+        f"precision at {int(longest):,} tokens, exact window and reserved room included. KL to full precision, nats, "
+        "geometric mean over five domains:",
         "",
-        "| | this, 2 bits | mlx-lm's `--kv-bits 4` (4.5 true bits) | random rotation and Lloyd-Max, 2 bits |",
+        "| | this, 2 bits | mlx-lm's `--kv-bits 4` as shipped (4.5 true bits) | random rotation, 2 bits and a scale |",
         "|---|---|---|---|",
     ]
     for result in decode:
@@ -272,6 +272,6 @@ def default_budget(decode: list[Result]) -> str:
     return (
         "2 bits are the default because they are the fewest whole ones with which KL is below that of mlx-lm's affine "
         f"quantization to 3 bits, which stores 3.5, on both models at both contexts: {min(ratios[2]):.2f} to "
-        f"{max(ratios[2]):.2f} of it (1 bit: {min(ratios[1]):.2f} to {max(ratios[1]):.2f}). The model's first choice is "
-        f"then the same at {top1[1]:.1%} of the positions or more in every domain (1 bit: {top1[0]:.1%})."
+        f"{max(ratios[2]):.2f} of it (1 bit: {min(ratios[1]):.2f} to {max(ratios[1]):.2f}). The model's first choice "
+        f"is then the same at {top1[1]:.1%} of the positions or more in every domain (1 bit: {top1[0]:.1%})."
     )

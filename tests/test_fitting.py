@@ -1,5 +1,6 @@
 """Memory and closeness as budgets: the bytes promised are those that caches filled to that length take."""
 
+import json
 import mmap
 
 import mlx.core as mx
@@ -16,7 +17,7 @@ from vq_kvcache.batch_cache import BatchSpectralKVCache
 from vq_kvcache.chunks import Chunks
 from vq_kvcache.fitting import Fit, Room, fit, settled, size
 from vq_kvcache.options import CacheOptions, size_in_bytes
-from vq_kvcache.spectral.codec import Codec, fingerprint
+from vq_kvcache.spectral.codec import Codec, fingerprint, stored_path
 from vq_kvcache.spectral.intercept import members_of, uses
 
 LIMIT = 512  # of the models of test_kinds_of_models, and of the tiny one
@@ -245,7 +246,8 @@ def test_lossless_caches_take_no_memory_option():
 
 # On the command line.
 
-GENERATE = ["generate", "--model", str(demo.model_folder()), "--prompt", "It was", "--max-tokens", "2"]
+MODEL = str(demo.model_folder())
+GENERATE = ["generate", "--model", MODEL, "--prompt", "It was", "--max-tokens", "2"]
 
 
 def test_commands_say_what_they_use_once(capsys, monkeypatch, shipped):
@@ -283,3 +285,17 @@ def test_a_codec_file_is_read_and_planned_once(shipped, tmp_path, monkeypatch):
     options = SpectralKVCache.with_options(codec=tmp_path / "codec", memory="3MB")
     plans = {id(vq_kvcache.make_prompt_cache(shipped[0], cache=options)[0]._plan) for _ in range(3)}
     assert len(plans) == len(read) == 1
+
+
+def test_inspect_answers_without_generating(capsys, shipped, model_folder, stored_codec, tmp_path):
+    found = fit(*shipped, CacheOptions(memory="2MB", context=3000))
+    assert cli.main(["inspect", MODEL, "--kv-memory", "2MB", "--kv-context", "3000"]) == 0
+    assert str(found) in capsys.readouterr().out.splitlines()
+    assert cli.main(["inspect", MODEL, "--kv-memory", "2MB", "--kv-context", "3000", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["fit"] == vars(found) | {"line": str(found)}
+    stored_codec.save(tmp_path / "codec")
+    assert cli.main(["inspect", str(tmp_path / "codec"), "--kv-memory", "2MB"]) == 1
+    assert "is a file; expected a model, whose cache is to fit" in capsys.readouterr().err
+    stored_path(stored_codec.fingerprint).unlink()
+    assert cli.main(["inspect", str(model_folder), "--kv-max-kl", "0.1"]) == 1
+    assert "has no codec, so nothing is fitted; run `vq_kvcache calibrate` first." in capsys.readouterr().err
