@@ -141,7 +141,10 @@ def tables() -> dict[str, str]:
     """Marker -> table."""
     quality = _results("quality-*.json")
     decode = [r for r in quality if r["mode"] == "decode"]
+    held = json.loads((RESULTS / "memory.json").read_text())
     return {
+        "gains": quality_tables.gains(decode, held),
+        "default": quality_tables.default_budget(decode),
         "quality": "\n\n".join(
             [quality_tables.by_domain(r) for r in _shortest(decode)]
             + [f(quality) for f in (quality_tables.summary, quality_tables.targets)]
@@ -154,7 +157,7 @@ def tables() -> dict[str, str]:
         "models": models(json.loads((RESULTS / "models.json").read_text())),
         "kernel": kernel(json.loads((RESULTS / "kernel.json").read_text())),
         "speculative": speculative(json.loads((RESULTS / "speculative.json").read_text())),
-        "memory": memory(json.loads((RESULTS / "memory.json").read_text())),
+        "memory": memory(held),
     }
 
 

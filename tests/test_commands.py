@@ -253,5 +253,5 @@ def test_help_shows_both_kinds_of_options(capsys, lm_eval, command):
         cli.main([command, "--help"])
     text = capsys.readouterr().out
     ours = [a.option_strings[0] for a in cli.cache_parser(command)._actions]
-    assert len(ours) == 8
+    assert len(ours) == 10
     assert all(name in text for name in [*ours, "--model"])

@@ -13,7 +13,7 @@ from mlx_lm.models import cache as mlx_lm_cache
 from mlx_lm.models.cache import KVCache, RotatingKVCache
 
 import vq_kvcache
-from vq_kvcache import SpectralKVCache, hooks
+from vq_kvcache import SpectralKVCache, attachment, hooks
 from vq_kvcache import cache as cache_module
 from vq_kvcache.attention import attend
 from vq_kvcache.spectral.codec import fingerprint
@@ -184,7 +184,7 @@ def test_options_reach_the_caches(model, codec, stored_codec):
 
 def test_a_codec_is_read_once(model, tokenizer, codec, monkeypatch):
     asked = []
-    monkeypatch.setattr(hooks, "codec_for", lambda model, tokenizer: asked.append(tokenizer) or codec)
+    monkeypatch.setattr(attachment, "codec_for", lambda model, tokenizer: asked.append(tokenizer) or codec)
     for _ in range(2):
         vq_kvcache.generate(model, tokenizer, PROMPT[:3], max_tokens=1)
         vq_kvcache.make_prompt_cache(model)
@@ -329,7 +329,7 @@ def test_a_loaded_model_can_be_calibrated(model_folder, codec, monkeypatch):
         asked.append(tokenizer().encode("w5 w7", add_special_tokens=False))
         return codec
 
-    monkeypatch.setattr(hooks, "codec_for", codec_for)
+    monkeypatch.setattr(attachment, "codec_for", codec_for)
     with vq_kvcache.install():
         loaded, _ = mlx_lm.load(str(model_folder))
         assert asked == []

@@ -1,4 +1,8 @@
-"""Spectral KV-cache compression for mlx-lm."""
+"""Spectral KV-cache compression for mlx-lm.
+
+`generate(model, tokenizer, prompt, cache=SpectralKVCache)` in one call, `attach(model)` or `load(path)` for one model,
+`install()` for all of the process; what a cache is to take, `SpectralKVCache.with_options(...)` says.
+"""
 
 import importlib
 from typing import TYPE_CHECKING, Any
@@ -32,3 +36,7 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})  # so that help() and completion show them

@@ -277,6 +277,7 @@ class BatchStorage:
         result.window_end = end
         result.packed_tokens = tuple(packed for part in parts for packed in part.packed_tokens)
         result.codes = _joined_codes([(part.codes, part.batch) for part in parts])
+        result.codes.expected = max(part.codes.expected for part in parts)
         result.drift = DriftSums.total([part.drift for part in parts])
         return result
 
@@ -290,6 +291,7 @@ class BatchStorage:
             return mx.concatenate([own[:, :, :held], own[:, :, start:end]], axis=2)
 
         storage.append(exact(self.exact_keys), exact(self.exact_values))
+        storage.codes.expected = self.codes.expected
         if packed := self.packed_tokens[row]:
             storage.codes.append(self.codes.words(0, packed)[row : row + 1])
         return storage

@@ -1,6 +1,5 @@
 """SpectralKVCache: mlx-lm's cache protocol over a Storage."""
 
-import dataclasses
 import json
 import os
 import re
@@ -13,10 +12,11 @@ from mlx_lm.models import cache as mlx_lm_cache
 from mlx_lm.models.cache import KVCache, create_attention_mask
 
 from .attention import Mask, attend
-from .chunks import Chunk, Chunks
+from .chunks import Chunk
 from .drift import Drift, warn_once
+from .options import CacheOptions
 from .shards import Share
-from .spectral.codec import Bits, Codec, CodecError, Plan, as_pair, budget_of, find_codec
+from .spectral.codec import Bits, Codec, CodecError, Plan, budget_of, find_codec
 from .spectral.files import parse_json
 from .spectral.intercept import Handle, is_pair
 from .spectral.spectral_quant import Quantizer, RawQuantizer
@@ -51,39 +51,6 @@ def find_plan(name: str, fingerprint: str) -> Plan:
         )
     plan = codec.plan(budget_of(bits))
     return register_plan(plan if share is None else share.of_plan(plan))
-
-
-@dataclasses.dataclass(frozen=True)
-class CacheOptions:
-    """How a spectral cache is to be made; ValueError names the option that is out of range.
-
-    bits_per_value: stored bits per cached number, 0.25 to 8, padding included; a pair holds keys and values to budgets
-    of their own.  max_kl: instead, the smallest budget whose predicted KL (Codec.predicted_kl) is at most this, in
-    nats.  window: newest tokens kept exact.  sinks: first tokens kept exact.  codec: a Codec, a file, or None to find
-    or make the model's own.  lossless: store raw bits instead (a test of everything but the quantizer).
-    """
-
-    bits_per_value: Bits = 2.0
-    window: int = 128
-    sinks: int = 4
-    codec: Codec | str | os.PathLike[str] | None = None
-    lossless: bool = False
-    max_kl: float | None = None
-
-    def plan(self, codec: Codec) -> Plan:
-        """The plan of `codec` that these options ask for."""
-        return codec.plan(self.bits_per_value if self.max_kl is None else codec.bits_for(self.max_kl))
-
-    def __post_init__(self) -> None:
-        as_pair(self.bits_per_value)
-        if self.max_kl is not None and not (isinstance(self.max_kl, int | float) and self.max_kl > 0):
-            raise ValueError(f"max_kl is {self.max_kl!r}; expected a number of nats above 0.")
-        for name in ("window", "sinks"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-                raise ValueError(f"{name} is {value!r}; expected a whole number of tokens, 0 or more.")
-        if not isinstance(self.codec, Codec | str | os.PathLike | None):
-            raise ValueError(f"codec is a {type(self.codec).__name__}; expected a Codec, a file name or None.")
 
 
 class View:
@@ -305,10 +272,16 @@ class SpectralKVCache(Planned, KVCache):  # type: ignore[misc]  # mlx-lm is unty
     """
 
     step = BLOCK
+    _context = 0
 
-    def __init__(self, plan: Plan | None = None, layer: int = 0, window: int = 128, sinks: int = 4) -> None:
+    def __init__(
+        self, plan: Plan | None = None, layer: int = 0, window: int = 128, sinks: int = 4, context: int | None = None
+    ) -> None:
+        """plan: a codec's; ValueError without one.  layer: index of the layer's cache.  window, sinks: newest and first
+        tokens that stay exact.  context: tokens to expect, beyond which nothing is reserved."""
         self._set_plan(plan, layer, window, sinks)
         self._storage: Storage | None = None
+        self._context = context or 0
 
     @staticmethod
     def with_options(
@@ -318,9 +291,18 @@ class SpectralKVCache(Planned, KVCache):  # type: ignore[misc]  # mlx-lm is unty
         codec: Codec | str | os.PathLike[str] | None = None,
         lossless: bool = False,
         max_kl: float | None = None,
+        memory: int | str | None = None,
+        context: int | None = None,
     ) -> CacheOptions:
-        """Options to pass as `cache=` in place of the class."""
-        return CacheOptions(bits_per_value, window, sinks, codec, lossless, max_kl)
+        """Options to pass as `cache=` in place of the class.
+
+        bits_per_value: stored bits per cached number, 0.25 to 8; a pair for keys and values apart.  max_kl: instead,
+        the fewest bits that are predicted to cost so many nats.  memory: instead, the most bits whose cache takes so
+        many bytes (a number, "2GB", "500MB"), for sequences of `context` tokens (default: the model's limit, or what 1
+        bit holds of it).  window, sinks: newest and first tokens that stay exact.  codec: a Codec or a file (default:
+        found by model, or made once).  lossless: raw bits, for tests. ValueError names what is out of range.
+        """
+        return CacheOptions(bits_per_value, window, sinks, codec, lossless, max_kl, memory, context)
 
     # -- what a model calls
 
@@ -439,7 +421,8 @@ class SpectralKVCache(Planned, KVCache):  # type: ignore[misc]  # mlx-lm is unty
 
     def _storage_for(self, keys: mx.array, values: mx.array) -> Storage:
         if self._storage is None:
-            self._storage = Storage(*self._quantizers(keys, values), self._window, self._sinks)
+            quantizers = self._quantizers(keys, values)
+            self._storage = Storage(*quantizers, self._window, self._sinks, self._context)
         return self._storage
 
     def _describe(self) -> str:
@@ -448,9 +431,10 @@ class SpectralKVCache(Planned, KVCache):  # type: ignore[misc]  # mlx-lm is unty
             "exact_tokens": storage.exact_tokens, "held_sinks": storage.held_sinks,
             "chunks": [chunk.tokens for chunk in storage.chunks],
         }  # fmt: skip
-        return json.dumps({"format": 1, **self._settings, **held})
+        return json.dumps({"format": 1, **self._settings, "context": self._context, **held})
 
     def _read_held(self, fields: dict[str, Any]) -> dict[str, Any]:
+        self._context = int(fields.get("context", 0))
         if "chunks" not in fields:
             return {}
         held: dict[str, Any] = {n: int(fields[n]) for n in ("exact_tokens", "held_sinks")}
@@ -462,10 +446,10 @@ class SpectralKVCache(Planned, KVCache):  # type: ignore[misc]  # mlx-lm is unty
             return
         tokens = held["chunks"]
         self._require_arrays(arrays, 2 + len(tokens))
-        storage = Storage(*self._quantizers(arrays[0], arrays[1]), self._window, self._sinks)
+        storage = Storage(*self._quantizers(arrays[0], arrays[1]), self._window, self._sinks, self._context)
         storage.exact_keys, storage.exact_values = arrays[:2]
         storage.exact_tokens, storage.held_sinks = held["exact_tokens"], held["held_sinks"]
-        storage.codes = Chunks([Chunk(words, n) for words, n in zip(arrays[2:], tokens, strict=True)])
+        storage.codes.held = [Chunk(words, n) for words, n in zip(arrays[2:], tokens, strict=True)]
         storage.check()
         self._storage = storage
 

@@ -35,10 +35,13 @@ class Chunk:
 
 class Chunks:
     """Packed tokens of B rows side by side: column c of all chunks, one after another, is packed token c of each row.
-    Only the last chunk may have columns that are not in use."""
+    Only the last chunk may have columns that are not in use. Until more are held than `expected`, none beyond those are
+    reserved; 0 is not known.
+    """
 
-    def __init__(self, chunks: list[Chunk] | None = None) -> None:
+    def __init__(self, chunks: list[Chunk] | None = None, expected: int = 0) -> None:
         self.held: list[Chunk] = chunks or []
+        self.expected = expected
 
     @property
     def tokens(self) -> int:
@@ -63,7 +66,10 @@ class Chunks:
             return
         if len(self.held) == MAX_CHUNKS:
             self._join_smallest()
-        wanted = max(SMALLEST_CHUNK, self.tokens // 4, missing)
+        wanted = max(SMALLEST_CHUNK, self.tokens // 4)
+        if (left := self.expected - self.tokens) > 0:
+            wanted = min(wanted, left)
+        wanted = max(wanted, missing)
         # A multiple of four, because kernels fetch the words of four tokens at once.
         room = max(fill_pages(wanted, 4 * batch * width) & ~3, -(-missing // 4) * 4)
         self.held.append(Chunk(mx.zeros((batch, width, room), mx.uint32), missing))
@@ -100,7 +106,7 @@ class Chunks:
 
     def copy(self) -> "Chunks":
         """An independent twin that shares the arrays."""
-        return Chunks([dataclasses.replace(chunk) for chunk in self.held])
+        return Chunks([dataclasses.replace(chunk) for chunk in self.held], self.expected)
 
 
 def words_between(chunks: tuple[tuple[mx.array, int], ...], start: int, end: int) -> mx.array:

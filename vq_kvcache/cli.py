@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import logging
 import sys
 import warnings
 from collections.abc import Sequence
@@ -24,6 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand; returns the exit status."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     warnings.showwarning = _show_warning
+    _show_notes()
     if arguments and arguments[0] == "--version":
         from . import __version__
 
@@ -61,6 +63,8 @@ def cache_parser(command: str) -> argparse.ArgumentParser:
     group.add_argument("--kv-key-bits", type=float, help="instead, of keys; with --kv-value-bits")
     group.add_argument("--kv-value-bits", type=float, help="instead, of values; with --kv-key-bits")
     group.add_argument("--kv-max-kl", type=float, help="instead, the fewest bits predicted to cost this KL, in nats")
+    group.add_argument("--kv-memory", metavar="SIZE", help="instead, what fits 2GB, 500MB, ...; with --kv-max-kl, too")
+    group.add_argument("--kv-context", type=int, help="tokens to fit it for (default: the model's limit, or what fits)")
     group.add_argument("--kv-window", type=int, default=128, help="newest tokens kept exact (default: 128)")
     group.add_argument("--kv-sinks", type=int, default=4, help="first tokens kept exact (default: 4)")
     group.add_argument("--kv-codec", default=None, help="codec file (default: found by model, or made once)")
@@ -70,16 +74,21 @@ def cache_parser(command: str) -> argparse.ArgumentParser:
 def cache_options(parser: argparse.ArgumentParser, options: argparse.Namespace) -> Any:
     """The CacheOptions that the command line asks for; ends the process, as argparse does, where it contradicts itself
     or one is out of range."""
-    from .cache import CacheOptions
+    from .options import CacheOptions
 
-    bits, kl = options.kv_avg_bits, options.kv_max_kl
+    bits, kl, memory = options.kv_avg_bits, options.kv_max_kl, options.kv_memory
     pair = options.kv_key_bits, options.kv_value_bits
     if (pair[0] is None) != (pair[1] is None):
         parser.error("one of --kv-key-bits and --kv-value-bits was given; expected both, or --kv-avg-bits.")
     if sum(given is not None for given in (bits, pair[0], kl)) > 1:
         parser.error("several budgets were given; expected one of --kv-avg-bits, --kv-key-bits and --kv-max-kl.")
+    if memory is not None and (bits is not None or pair[0] is not None):
+        parser.error("--kv-memory chooses the budget; expected no other one but --kv-max-kl with it.")
     budget = pair if pair[0] is not None else 2.0 if bits is None else bits
-    return CacheOptions(budget, options.kv_window, options.kv_sinks, options.kv_codec, max_kl=kl)
+    return CacheOptions(
+        budget, options.kv_window, options.kv_sinks, options.kv_codec,
+        max_kl=kl, memory=memory, context=options.kv_context,
+    )  # fmt: skip
 
 
 def _run_mlx_lm(command: str, arguments: list[str]) -> int:
@@ -112,6 +121,18 @@ def _run_mlx_lm(command: str, arguments: list[str]) -> int:
         print(f"vq_kvcache: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+class _Notes(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        print(record.getMessage(), file=sys.stderr, flush=True)
+
+
+def _show_notes() -> None:
+    """What the package tells by its logger goes to the terminal, as it is."""
+    logger = logging.getLogger(__package__)
+    logger.handlers, logger.propagate = [_Notes()], False
+    logger.setLevel(logging.INFO)
 
 
 def _show_warning(message: Warning | str, category: type[Warning], *_: object, **__: object) -> None:

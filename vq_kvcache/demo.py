@@ -14,8 +14,9 @@ import mlx.core as mx
 import numpy as np
 from mlx_lm.models.cache import KVCache
 
-from .cache import CacheOptions, SpectralKVCache
+from .cache import SpectralKVCache
 from .hooks import generate, load, make_prompt_cache
+from .options import CacheOptions
 from .storage import LAG
 
 PROMPT_TOKENS = 2000

@@ -21,87 +21,20 @@ import mlx.core as mx
 from mlx_lm.models import cache as mlx_lm_cache
 from mlx_lm.models.cache import KVCache
 
+from .attachment import Attachment, attachment_of, codecs_in_use
 from .batch_cache import BatchSpectralKVCache
-from .cache import ARRAYS_ONLY, LOSSLESS, CacheOptions, SpectralKVCache, register_plan, window_to_repeat
+from .cache import ARRAYS_ONLY, LOSSLESS, SpectralKVCache, register_plan, window_to_repeat
+from .options import CacheOptions
 from .prompt_files import checked_load
 from .rotations import plan_for_model
 from .shards import Share
 from .spectral import intercept
-from .spectral.calibrate import codec_for
-from .spectral.codec import Codec, CodecError, Plan, find_codec, fingerprint, fingerprint_of_files, stored_path
+from .spectral.codec import CodecError, Plan
 from .spectral.spectral_quant import SpectralRotation
 
 CacheChoice = type[KVCache] | CacheOptions | Sequence[Any]
 CLASSES = (SpectralKVCache, BatchSpectralKVCache)  # that prompt-cache files name
 SUPPORTED = "mlx-lm 0.31.3 to 0.32"
-
-
-class Attachment:
-    """What a model was given by `attach`: how to find its plan, and the options its caches are made with.
-
-    source: loads the whole model again with weights not read yet, for the name of one that was split since.
-    """
-
-    def __init__(
-        self, tokenizer: Any, options: CacheOptions, plan: Plan | None, source: Callable[[], Any] | None = None
-    ) -> None:
-        self.tokenizer, self.options, self._fixed, self._source = tokenizer, options, plan, source
-        self._codec: Codec | None = None
-        self._whole: str | None = None  # the fingerprint, where this process holds a share
-
-    def fingerprint(self, model: Any, share: Share | None) -> str:
-        """The whole model's."""
-        if share is None:
-            return fingerprint(model)
-        if self._whole is None and self._source is None:
-            raise CodecError(
-                "the model was split over several processes before it was attached, so its fingerprint is unknown; "
-                "expected install() first and mlx_lm's sharded_load() then."
-            )
-        if self._whole is None:
-            assert self._source is not None
-            self._whole = fingerprint_of_files(self._source)
-        return self._whole
-
-    def plan(self, model: Any, options: CacheOptions) -> Plan:
-        """The plan for these options; finds or calibrates the codec on first use."""
-        if options.lossless:
-            return LOSSLESS
-        if self._fixed is not None and options.codec is None:
-            return self._fixed
-        share = Share.of(model)
-        codec = options.codec
-        if isinstance(codec, str | os.PathLike):
-            codec = Codec.load(codec)
-        if codec is not None:
-            if codec.fingerprint != (name := self.fingerprint(model, share)):
-                raise CodecError(f"the codec is of model {codec.fingerprint}; this model is {name}; use its own codec.")
-        else:
-            codec = self._codec = self._codec or self._codec_in_use(model, share)
-        plan = options.plan(codec)
-        return register_plan(plan if share is None else share.of_plan(plan))
-
-    def _codec_in_use(self, model: Any, share: Share | None) -> Codec:
-        name = self.fingerprint(model, share)
-        with _calibrating:
-            if name in _codecs:
-                return _codecs[name]
-            found = codec_for(model, self.tokenizer) if share is None else find_codec(name)
-            if found is None:
-                raise CodecError(
-                    f"no codec of model {name} in {stored_path(name).parent}, and a model split over several processes "
-                    "cannot be calibrated; run `vq_kvcache calibrate MODEL` once and copy the file to every machine."
-                )
-            return _codecs.setdefault(name, found)
-
-
-_calibrating = threading.RLock()  # one thread makes the codec, the others wait for it
-_codecs: dict[str, Codec] = {}  # of the models used in this process, by fingerprint
-
-
-def _attachment(model: Any) -> Attachment | None:
-    found = getattr(model, "_vq_kvcache", None)
-    return found if isinstance(found, Attachment) else None
 
 
 def own_caches(model: Any, max_kv_size: int | None = None) -> list[Any]:
@@ -119,8 +52,10 @@ def make_prompt_cache(
 ) -> list[Any]:
     """Caches for one prompt: spectral ones for full-attention layers, the model's own for the others.
 
-    cache: SpectralKVCache, `SpectralKVCache.with_options(...)`, mlx-lm's KVCache, or a list of caches (returned as it
-    is). With `max_kv_size` old tokens are dropped by mlx-lm's RotatingKVCache and nothing is packed; a warning says so.
+    model: as mlx_lm.load gives it.  cache: SpectralKVCache, `SpectralKVCache.with_options(...)`, mlx-lm's KVCache, or a
+    list of caches (returned as it is).  tokenizer: for calibration, where the model has no codec yet, unless it was
+    attached with one. With `max_kv_size` old tokens are dropped by mlx-lm's RotatingKVCache and nothing is packed; a
+    warning says so.
     """
     if isinstance(cache, Sequence) and not isinstance(cache, str):
         return list(cache)
@@ -131,17 +66,17 @@ def make_prompt_cache(
         )
         return own_caches(model, max_kv_size)
     if isinstance(cache, type) and issubclass(cache, SpectralKVCache):
-        attached = _attachment(model)
+        attached = attachment_of(model)
         cache = attached.options if attached else CacheOptions()
     elif isinstance(cache, type) and issubclass(cache, KVCache):
         return own_caches(model)
     if not isinstance(cache, CacheOptions):
         raise ValueError(f"cache is {cache!r}; expected SpectralKVCache, its with_options(...), or a list of caches.")
     _require_dispatch()
-    attachment = _attachment(model) or Attachment(tokenizer, cache, None)
+    attachment = attachment_of(model) or Attachment(tokenizer, cache, None)
     if attachment.tokenizer is None:
         attachment.tokenizer = tokenizer
-    return _spectral_caches(model, attachment.plan(model, cache), cache)
+    return _spectral_caches(model, *attachment.plan(model, cache))
 
 
 def _spectral_caches(model: Any, plan: Plan, options: CacheOptions) -> list[Any]:
@@ -155,7 +90,7 @@ def _spectral_caches(model: Any, plan: Plan, options: CacheOptions) -> list[Any]
         packed -= others
 
     def choose(index: int, own: Any, nested: bool) -> Any:
-        return SpectralKVCache(plan, index, options.window, options.sinks) if index in packed else own
+        return SpectralKVCache(plan, index, options.window, options.sinks, options.context) if index in packed else own
 
     return intercept.replace_kv(own_caches(model), choose)
 
@@ -205,7 +140,8 @@ def detach(model: Any) -> None:
 
 
 def load(path_or_hf_repo: str, *args: Any, rotations: Any = None, **kwargs: Any) -> Any:
-    """`mlx_lm.load`, then `attach`; takes the options of both and returns what mlx_lm.load returns."""
+    """`mlx_lm.load(path_or_hf_repo, ...)`, then `attach`; takes the options of both, as `rotations`, and returns what
+    mlx_lm.load returns."""
     from mlx_lm import load as mlx_lm_load
 
     names = ("cache", "signal_bits", "noise_bits", "use_water_filling")
@@ -221,7 +157,11 @@ def load(path_or_hf_repo: str, *args: Any, rotations: Any = None, **kwargs: Any)
 def generate(
     model: Any, tokenizer: Any, prompt: str | list[int] | mx.array, *, cache: CacheChoice | None = None, **kwargs: Any
 ) -> str:
-    """`mlx_lm.generate` with a spectral cache; all its options, and `cache` as in `make_prompt_cache`."""
+    """`mlx_lm.generate` with a spectral cache; returns the text.
+
+    model, tokenizer: as mlx_lm.load gives them.  prompt: text or token ids.  cache: as in `make_prompt_cache`.  All of
+    mlx_lm.generate's options work, but kv_bits, which asks for another cache: ValueError.
+    """
     with _prepared(model, tokenizer, cache, kwargs) as options:
         return str(_module("mlx_lm.generate").generate(model, tokenizer, prompt, **options))
 
@@ -229,7 +169,10 @@ def generate(
 def stream_generate(
     model: Any, tokenizer: Any, prompt: str | list[int] | mx.array, *, cache: CacheChoice | None = None, **kwargs: Any
 ) -> Iterator[Any]:
-    """`mlx_lm.stream_generate` with a spectral cache; yields its GenerationResponse objects."""
+    """`mlx_lm.stream_generate` with a spectral cache; yields its GenerationResponse objects.
+
+    model, tokenizer, prompt, cache: as in `generate`.
+    """
     with _prepared(model, tokenizer, cache, kwargs) as options:
         yield from _module("mlx_lm.generate").stream_generate(model, tokenizer, prompt, **options)
 
@@ -269,7 +212,7 @@ def _choose_cache(
         _check_fingerprints(model, prompt_cache)
         return prompt_cache
     if cache is None:
-        if _attachment(model) is None:
+        if attachment_of(model) is None:
             return None
         cache = SpectralKVCache
     given = isinstance(cache, Sequence)
@@ -287,7 +230,7 @@ def _check_fingerprints(model: Any, prompt_cache: list[Any]) -> None:
     names = {c._fingerprint for c in spectral_caches(prompt_cache)} - {""}
     if not names:
         return
-    attachment = _attachment(model) or Attachment(None, CacheOptions(), None)
+    attachment = attachment_of(model) or Attachment(None, CacheOptions(), None)
     if names != {own := attachment.fingerprint(model, Share.of(model))}:
         raise CodecError(
             f"the prompt cache was packed for model {', '.join(sorted(names))}; this model is {own}; make it again."
@@ -325,7 +268,8 @@ class Installation(contextlib.AbstractContextManager["Installation"]):
 def install(cache: CacheOptions | type[SpectralKVCache] = SpectralKVCache) -> Installation:
     """Turn the spectral cache on for every model that mlx-lm loads from now on, in this process.
 
-    Idempotent; `uninstall()` or leaving the returned context undoes it. RuntimeError for an mlx-lm of unknown shape.
+    cache: SpectralKVCache, or its `with_options(...)`. Idempotent; `uninstall()` or leaving the returned context undoes
+    it. RuntimeError for an mlx-lm of unknown shape.
     """
     options = CacheOptions() if isinstance(cache, type) else cache
     _require_dispatch()
@@ -371,7 +315,7 @@ def uninstall() -> None:
     """Put back everything that `install` and `attach` replaced, in mlx-lm, in MLX and on attached models, and forget
     the codecs in use."""
     global _dispatch_held
-    _codecs.clear()
+    codecs_in_use.clear()
     for (module, name), (original, ours) in list(_replaced.items()):
         owner, attribute = _owner(module, name)
         if getattr(owner, attribute) is ours:
@@ -464,7 +408,7 @@ def _load_without_draft(original: Callable[..., Any], provider: Any, *args: Any,
 
 
 def _make_prompt_cache(original: Callable[..., Any], model: Any, max_kv_size: int | None = None) -> Any:
-    return original(model, max_kv_size) if _attachment(model) is None else make_prompt_cache(model, max_kv_size)
+    return original(model, max_kv_size) if attachment_of(model) is None else make_prompt_cache(model, max_kv_size)
 
 
 def _generate_step(
@@ -490,7 +434,7 @@ def _speculative_generate_step(
     **kwargs: Any,
 ) -> Any:
     chosen = _choose_cache(model, cache, kwargs.get("prompt_cache"), None, draft_model)
-    if chosen is None and _attachment(draft_model) is not None:
+    if chosen is None and attachment_of(draft_model) is not None:
         chosen = own_caches(model) + own_caches(draft_model)
     kwargs["prompt_cache"] = chosen
     _refuse_kv_bits(kwargs.get("kv_bits"), kwargs["prompt_cache"])

@@ -1,6 +1,7 @@
 """`vq_kvcache inspect`: what is packed, why the rest is not, what it costs, of a model, a codec or a prompt cache."""
 
 import argparse
+import dataclasses
 import json
 import pathlib
 import struct
@@ -12,6 +13,8 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.utils import load
 
+from .fitting import fit
+from .options import CacheOptions
 from .prompt_files import read_prompt_file
 from .spectral.codec import FORMAT, Codec, CodecError, find_codec, fingerprint_of_files
 from .spectral.files import parse_json
@@ -27,9 +30,10 @@ PACKED = {
 Report = dict[str, Any]
 
 
-def inspect(target: str) -> Report:
+def inspect(target: str, asked: CacheOptions | None = None) -> Report:
     """The report on a model (folder or repository name), a codec file or a prompt-cache file, as plain JSON.
 
+    asked: what a model's cache is to take or to cost, of which "fit" then says what it comes to.
     "kind" is "model", "codec" or "prompt cache". "layers" has a row per cache. Bytes are of arrays; bytes_per_token of
     what a token adds once it leaves the exact window. CodecError for a file that is neither.
     """
@@ -38,13 +42,15 @@ def inspect(target: str) -> Report:
         named = path.suffix == ".safetensors" and not path.is_dir()
         if named or path.is_symlink() or (path.exists() and not path.is_dir()):
             raise CodecError(f"{path} is no file; expected a model, a codec or a prompt cache; check the name.")
-        return inspect_model(target)
+        return inspect_model(target, asked)
+    if asked is not None:
+        raise CodecError(f"{target} is a file; expected a model, whose cache is to fit; leave --kv-memory out.")
     if FORMAT in (metadata := _metadata(path)):
         return inspect_codec(path)
     return inspect_prompt_cache(path, metadata)
 
 
-def inspect_model(path_or_hf_repo: str) -> Report:
+def inspect_model(path_or_hf_repo: str, asked: CacheOptions | None = None) -> Report:
     """Reads no weights but for the fingerprint, one parameter at a time, and calibrates nothing."""
     model = load(path_or_hf_repo, lazy=True)[0]
     name = fingerprint_of_files(lambda: load(path_or_hf_repo, lazy=True)[0])
@@ -65,6 +71,11 @@ def inspect_model(path_or_hf_repo: str) -> Report:
     if codec is not None:
         report["predicted_kl"] = predicted(codec)
         report["bytes_per_token"] |= {f"{b:g} bits": _packed_bytes(codec, used, b, itemsize) for b in BITS}
+    if asked is not None:
+        if codec is None:
+            raise CodecError(f"{path_or_hf_repo} has no codec, so nothing is fitted; run `vq_kvcache calibrate` first.")
+        found = fit(model, codec, asked)
+        report["fit"] = dataclasses.asdict(found) | {"line": str(found)}
     return report
 
 
@@ -194,7 +205,7 @@ def _metadata(path: pathlib.Path) -> dict[str, str]:
 
 def table(report: Report) -> str:
     """The report as text: what it is, a row per cache, and what each budget costs."""
-    skipped = ("layers", "predicted_kl", "bytes_per_token")
+    skipped = ("layers", "predicted_kl", "bytes_per_token", "fit")
     lines = [f"{name}: {value}" for name, value in report.items() if name not in skipped]
     columns = list(dict.fromkeys(name for row in report["layers"] for name in row))
     cells = [columns, *([_shown(row.get(c)) for c in columns] for row in report["layers"])]
@@ -205,7 +216,9 @@ def table(report: Report) -> str:
         lines.append(f"bytes per packed token: {shown}")
     if report.get("predicted_kl"):
         lines.append("predicted KL, nats: " + ", ".join(f"{v:.2g} ({k})" for k, v in report["predicted_kl"].items()))
-    elif report["kind"] == "model" and report["codec"] is None:
+    if "fit" in report:
+        lines.append(report["fit"]["line"])
+    if report["kind"] == "model" and report["codec"] is None:
         lines.append("no codec yet: it is made with the first cache, or by `vq_kvcache calibrate`.")
     return "\n".join(lines)
 
@@ -221,10 +234,16 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="vq_kvcache inspect", description=__doc__)
     parser.add_argument("target", help="a model (folder or repository), a codec file or a prompt-cache file")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
+    parser.add_argument("--kv-memory", metavar="SIZE", help="of a model, what fits 2GB, 500MB, ...")
+    parser.add_argument("--kv-max-kl", type=float, help="of a model, the fewest bits predicted to cost this KL")
+    parser.add_argument("--kv-context", type=int, help="tokens to fit it for (default: the model's limit)")
     args = parser.parse_args(argv)
     try:
-        report = inspect(args.target)
-    except CodecError as error:
+        asked = None
+        if args.kv_memory is not None or args.kv_max_kl is not None:
+            asked = CacheOptions(memory=args.kv_memory, max_kl=args.kv_max_kl, context=args.kv_context)
+        report = inspect(args.target, asked)
+    except ValueError as error:
         print(f"vq_kvcache inspect: {error}", file=sys.stderr)
         return 1
     print(json.dumps(report, indent=1) if args.json else table(report))

@@ -16,8 +16,9 @@ from mlx_lm.generate import maybe_quantize_kv_cache
 from mlx_lm.models.cache import QuantizedKVCache
 from numpy.typing import NDArray
 
-from .cache import CacheOptions, SpectralKVCache
+from .cache import SpectralKVCache
 from .hooks import make_prompt_cache, own_caches
+from .options import CacheOptions
 from .spectral.codec import Codec
 from .spectral.intercept import members_of, replace_kv, uses
 from .spectral.participation_ratio import compute_participation_ratio

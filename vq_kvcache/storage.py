@@ -5,6 +5,7 @@ packed tokens lie in chunks that are hardly ever moved once written.
 """
 
 import dataclasses
+import mmap
 from collections.abc import Callable
 
 import mlx.core as mx
@@ -27,6 +28,30 @@ def tokens_to_seal(newest: int, window: int) -> int:
     Hence after n tokens without a trim, the packed ones are max(0, n - sinks - window - LAG) // BLOCK * BLOCK.
     """
     return max(0, newest - window - LAG) // BLOCK * BLOCK
+
+
+def packed_of(tokens: int, window: int, sinks: int) -> int:
+    """How many of `tokens` are packed, when none was trimmed."""
+    return tokens_to_seal(tokens - sinks, window)
+
+
+def most_bytes(
+    tokens: int, window: int, sinks: int, heads: int, dims: tuple[int, int], itemsize: int, words: int
+) -> int:
+    """The most that `nbytes` of a Storage of one sequence is up to `tokens` tokens, when it was told to expect as many.
+
+    dims: of a key and of a value.  itemsize: of their numbers.  words: of the codes of a token's keys and values.
+    """
+    exact = exact_room(0, window, sinks, heads * max(dims) * itemsize)
+    held = exact * heads * sum(dims) * itemsize
+    if packed := packed_of(tokens, window, sinks):
+        held += 4 * words * packed + mmap.PAGESIZE  # chunks fill their pages, and only the last is not full of tokens
+    return held
+
+
+def exact_room(tokens: int, window: int, sinks: int, token_bytes: int) -> int:
+    """Places for exact tokens of at most `token_bytes`: for `tokens`, and what decoding needs until the next seal."""
+    return fill_pages(max(sinks + window + LAG + BLOCK, tokens), token_bytes)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,16 +136,21 @@ class Snapshot:
 
 
 class Storage:
-    """Keys [B, H, T, Dk] and values [B, H, T, Dv] of one layer, appended at the end, trimmed at the end."""
+    """Keys [B, H, T, Dk] and values [B, H, T, Dv] of one layer, appended at the end, trimmed at the end.
 
-    def __init__(self, key_quantizer: Quantizer, value_quantizer: Quantizer, window: int, sinks: int) -> None:
+    context: tokens to expect; no more is reserved than they take, and 0 is not known.
+    """
+
+    def __init__(
+        self, key_quantizer: Quantizer, value_quantizer: Quantizer, window: int, sinks: int, context: int = 0
+    ) -> None:
         self.key_quantizer, self.value_quantizer = key_quantizer, value_quantizer
         self.window, self.sinks = window, sinks
         self.exact_keys: mx.array | None = None
         self.exact_values: mx.array | None = None
         self.exact_tokens = 0
         self.held_sinks = 0
-        self.codes = Chunks()
+        self.codes = Chunks(expected=packed_of(context, window, sinks))
         self.drift = DriftSums()
 
     @property
@@ -182,10 +212,8 @@ class Storage:
         self.exact_tokens -= count
 
     def _room(self, tokens: int, keys: mx.array, values: mx.array) -> int:
-        """Places for exact tokens: at least `tokens`, and what decoding needs until the next seal."""
-        wanted = max(self.sinks + self.window + LAG + BLOCK, tokens)
         widest = max(keys.shape[0] * keys.shape[1] * x.shape[3] * x.dtype.size for x in (keys, values))
-        return fill_pages(wanted, widest)
+        return exact_room(tokens, self.window, self.sinks, widest)
 
     def trim(self, count: int) -> int:
         """Drop the newest `count` tokens, at most all; return how many went. Codes are cut at any token."""

@@ -51,7 +51,7 @@ def allocate(
 def water_fill_bits(
     eigenvalues: ArrayLike | mx.array, target_avg_bits: float, min_bits: int = 1, max_bits: int = 8
 ) -> list[int]:
-    """Bits per dimension of a spectrum [D], summing to round(target_avg_bits x D), in the order of the input.
+    """Bits per dimension of `eigenvalues` [D], summing to round(target_avg_bits x D), in the order of the input.
 
     Reverse water-filling (Cover & Thomas, ch. 10.3) over whole bits: greedy on l_i D(b), D the distortion of the
     levels really used. ValueError when the target is outside [min_bits, max_bits].

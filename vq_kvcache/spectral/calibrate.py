@@ -49,8 +49,9 @@ def calibrate_spectral_rotation(
 ) -> list[SpectralRotation]:
     """One rotation per full-attention layer: the eigenbasis of its keys about their mean, heads pooled.
 
-    Each carries the rotation of the layer's values in `.values`. `texts` replaces the built-in calibration text. On a
-    machine without a GPU, device="gpu" falls back to the default device with one warning.
+    Each carries the rotation of the layer's values in `.values`. `num_samples` sequences of `sequence_length` tokens,
+    which `seed` chooses, go through the model; its `tokenizer` makes them of text; `texts` replaces the built-in
+    calibration text. On a machine without a GPU, device="gpu" falls back to the default device with one warning.
     """
     seen: dict[int, tuple[Moments, Moments]] = {}
 

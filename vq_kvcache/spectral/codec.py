@@ -177,10 +177,11 @@ class Codec:
         """Hash of the content, by which saved prompt caches name their codec."""
         return sha256(self._serialised())[:16]
 
-    def plan(self, bits_per_value: Bits) -> Plan:
+    def plan(self, bits_per_value: Bits, keep: bool = True) -> Plan:
         """Quantizers of every layer with at most `bits_per_value` stored bits per number, padding included.
 
         A pair is a budget for keys and one for values. One number is spent where it helps most, keys or values.
+        keep: whether the codec holds the plan, for whoever asks for it again.
         """
         name = f"{self.identity}@{budget_name(bits_per_value)}"
         if name not in self._plans:
@@ -191,7 +192,10 @@ class Codec:
                 )
                 for i, (k, v) in self.layers.items()
             }
-            self._plans[name] = Plan(name, self.fingerprint, layers)
+            plan = Plan(name, self.fingerprint, layers)
+            if not keep:
+                return plan
+            self._plans[name] = plan
         return self._plans[name]
 
     @property
@@ -203,7 +207,7 @@ class Codec:
         """Mean KL of the next-token distribution, in nats, that this budget is expected to cost text like the
         calibration's, at positions beyond window and sinks and contexts as long as its sequences.
 
-        ValueError for a codec whose costs are not in nats.
+        bits_per_value: as in `plan`. ValueError for a codec whose costs are not in nats.
         """
         if not self.in_nats:
             raise ValueError(
@@ -255,7 +259,7 @@ class Codec:
         return widths
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write one safetensors file, atomically."""
+        """Write one safetensors file at `path`, atomically."""
         write_atomically(pathlib.Path(path), self._serialised())
 
     def _serialised(self) -> bytes:
@@ -272,7 +276,7 @@ class Codec:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Codec":
-        """Read a saved codec; CodecError, in one sentence, for anything that is not a whole one."""
+        """Read the codec saved at `path`; CodecError, in one sentence, for anything that is not a whole one."""
         try:
             content = read_file(pathlib.Path(path))
             description = _description(content)
@@ -327,6 +331,17 @@ def _transforms(arrays: dict[str, NDArray[Any]], prefix: str) -> Transforms:
     if any(p.dtype != np.float32 for p in parts) or parts[0].ndim != 2:
         raise CodecError(f"{prefix} is not float32 [H, D]; expected a codec of this version; calibrate again.")
     return Transforms(*parts)
+
+
+@functools.lru_cache(maxsize=4)
+def _loaded(path: pathlib.Path, changed_ns: int) -> Codec:
+    return Codec.load(path)
+
+
+def codec_of_file(path: str | os.PathLike[str]) -> Codec:
+    """As `Codec.load`, once per file as it is now: plans of one codec are made once."""
+    file = pathlib.Path(path).absolute()
+    return _loaded(file, file.stat().st_mtime_ns) if file.is_file() else Codec.load(path)
 
 
 def plan_of_rotations(

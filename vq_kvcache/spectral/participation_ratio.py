@@ -18,7 +18,7 @@ def as_spectrum(eigenvalues: ArrayLike | mx.array) -> NDArray[np.float64]:
 
 
 def compute_participation_ratio(eigenvalues: ArrayLike | mx.array) -> float:
-    """(sum l)^2 / (d sum l^2) of a spectrum [D], in [1/d, 1]: 1 is flat, 1/d is a single direction.
+    """(sum l)^2 / (d sum l^2) of `eigenvalues` [D], in [1/d, 1]: 1 is flat, 1/d is a single direction.
 
     Unchanged by scaling. A spectrum of zeros is flat by convention. Source: the inverse participation ratio of
     localisation theory (Bell & Dean 1970), divided by d.

@@ -38,7 +38,7 @@ class RotationFileError(ValueError):
 def save_rotations(rotations: list[SpectralRotation], path: str | os.PathLike[str]) -> None:
     """Write rotations as a folder: one .npy per array, float32, named by content, and manifest.json written last.
 
-    A folder that already holds rotations is replaced only when the new manifest is complete on disk.
+    A folder at `path` that already holds rotations is replaced only when the new manifest is complete on disk.
     """
     if not rotations:
         raise ValueError("no rotations to save; expected at least one; calibrate first.")
@@ -78,7 +78,7 @@ def _remove_unused(folder: pathlib.Path, entries: list[dict[str, Any]]) -> None:
 
 
 def load_cached_rotations(path: str | os.PathLike[str]) -> list[SpectralRotation]:
-    """Rotations saved by `save_rotations` (a folder), or by veloxquant_mlx (rotations.npz, or the folder of one).
+    """Rotations saved at `path` by `save_rotations` (a folder), or by veloxquant_mlx (rotations.npz, or its folder).
 
     RotationFileError, in one sentence, for anything missing, truncated, altered or pickled.
     """

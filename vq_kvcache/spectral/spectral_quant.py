@@ -266,7 +266,7 @@ class SpectralQuantizer:
         return self.layout.unpack_levels(words)
 
     def decode_words(self, words: mx.array, dtype: mx.Dtype = mx.float32) -> mx.array:
-        """Words [..., W, T] -> vectors [..., H, T, D]."""
+        """Words [..., W, T] -> vectors [..., H, T, D] of `dtype`."""
         return (self.decode_levels(words).swapaxes(-1, -2) @ self.synthesis + self.mean).astype(dtype)
 
     def fold_queries(self, queries: mx.array) -> tuple[mx.array, mx.array]:
