@@ -54,7 +54,7 @@ def attend(
         return attend_reference(snapshot, queries, scale, mask, sinks)
     place = kernels.backend()
     # The kernels' tables place values' words behind the keys'.
-    fits = place != "ops" and not snapshot.keys_twice and launches.fits(snapshot, queries)
+    fits = place != "ops" and not snapshot.keys_twice and launches.fits(snapshot, queries, place)
     if fits and _trusts(snapshot, place):
         if queries.shape[2] <= launches.MOST_QUERIES:
             return attend_codes(snapshot, queries, scale, mask, sinks, place)
