@@ -23,7 +23,7 @@ PROLOGUE = "float* vq_shared = reinterpret_cast<float*>(vq_space.data());\n"
 
 def source_of(launch):
     """A C++ program with one function, `run(inputs, outputs)`."""
-    lines = ['#include "lanes.h"', kernels.text("host.h", *kernels.TEXTS), 'extern "C" void run(void** in, void** out) {']
+    lines = ['#include "lanes.h"', kernels.header("host"), 'extern "C" void run(void** in, void** out) {']
     for i, (name, array) in enumerate(zip(launch.body.inputs, launch.inputs, strict=True)):
         lines.append(f"  const {TYPES[array.dtype]}* {name} = (const {TYPES[array.dtype]}*)in[{i}];")
     for i, (name, dtype) in enumerate(zip(launch.body.outputs, launch.output_dtypes, strict=True)):

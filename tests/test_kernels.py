@@ -1,8 +1,10 @@
-"""The kernels' text against plain operations and a float64 oracle: on this machine by g++, on a GPU by MLX."""
+"""The kernels' text against plain operations and a float64 oracle: on this machine by g++, with the host's prelude and
+with Metal's against a shim of its library; on a GPU by MLX."""
 
 import dataclasses
 
 import host_kernels
+import metal_kernels
 import mlx.core as mx
 import numpy as np
 import oracle
@@ -12,16 +14,25 @@ from conftest import numpy
 from vq_kvcache import attention, doctor, kernels, storage
 from vq_kvcache.kernels import launches
 
-PLACE = "host" if mx.default_device().type == mx.DeviceType.cpu else kernels.backend()
+ON_CPU = mx.default_device().type == mx.DeviceType.cpu
+PLACES = ("host", "metal") if ON_CPU else (kernels.backend(),)
+PLACE = PLACES[0]
 
 
 def run(launch, place):
-    return host_kernels.run(launch) if place == "host" else kernels.run(launch, place)
+    if not ON_CPU:
+        return kernels.run(launch, place)
+    return {"host": host_kernels.run, "metal": metal_kernels.run}[place](launch)
 
 
-@pytest.mark.parametrize("case", list(doctor.table()), ids=str)
-def test_attention_is_as_close_to_float64_as_mlx_own(case):
-    error, own = doctor.compare(case, PLACE, run)
+def cases():
+    """(place, case) of everything that the kernels take."""
+    return [(place, case) for place in PLACES for case in doctor.table(place)]
+
+
+@pytest.mark.parametrize(("place", "case"), cases(), ids=str)
+def test_attention_is_as_close_to_float64_as_mlx_own(place, case):
+    error, own = doctor.compare(case, place, run)
     assert error <= doctor.allowed(case, own)
 
 
@@ -36,31 +47,33 @@ def test_what_is_compared_with_is_the_attention_of_the_oracle_over_the_decoded_a
     assert np.abs(p.expected - expected).max() < 1e-5
 
 
+@pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("bits", [0.5, 1.0, 2.0, 3.0, 4.25, 5.5, 7.0])
-def test_encoding_writes_the_words_of_plain_operations(bits):
+def test_encoding_writes_the_words_of_plain_operations(bits, place):
     quantizer = doctor.quantizer(96, 2, bits, 0)
     x = mx.random.normal((2, 2, 70, 96), key=mx.random.key(0)) * 2 + quantizer.mean
-    (found,) = run(launches.encode(quantizer, x), PLACE)
+    (found,) = run(launches.encode(quantizer, x), place)
     expected = quantizer.encode_words(x)
     # Sums differ in their last bits, so a number on an edge may fall to either side.
     a, b = quantizer.decode_words(found), quantizer.decode_words(expected)
     assert mx.mean((a - b) ** 2).item() <= 1e-5 * mx.mean((x - b) ** 2).item()
-    assert np.mean(np.array(found) == np.array(expected)) > (0.998 if PLACE == "host" else 0.9)
+    assert np.mean(np.array(found) == np.array(expected)) > (0.998 if ON_CPU else 0.9)
 
 
+@pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("bits", [1.0, 2.5, 4.0, 7.0])
 @pytest.mark.parametrize("dtype", [mx.float16, mx.float32], ids=["float16", "float32"])
-def test_decoding_gives_the_levels_of_plain_operations(bits, dtype):
+def test_decoding_gives_the_levels_of_plain_operations(bits, dtype, place):
     held = doctor.snapshot(doctor.Case(bits=bits, tokens=523, heads=3))
     for part, quantizer in enumerate((held.key_quantizer, held.value_quantizer)):
         expected = quantizer.decode_levels(held.words(0, held.packed_tokens)[part])[:, 1:]
-        (found,) = run(launches.decode(held, part, 1, 2, dtype), PLACE)
+        (found,) = run(launches.decode(held, part, 1, 2, dtype), place)
         error = np.abs(numpy(found[..., : held.packed_tokens]) - numpy(expected)).max()
         assert error <= (4e-3 if dtype == mx.float16 else 1e-5)
 
 
 def test_a_tile_may_hold_a_part_of_the_dims(monkeypatch):
-    monkeypatch.setattr(launches, "tile_rows", lambda dims: dims // 2)
+    monkeypatch.setattr(launches, "group_of", lambda key_dims, value_dims, *rest: (key_dims // 2, value_dims // 2, 1))
     case = doctor.Case(128, 64, bits=3.0, length=2, mask="causal")
     error, own = doctor.compare(case, PLACE, run)
     assert error <= doctor.allowed(case, own)
