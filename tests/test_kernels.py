@@ -11,7 +11,7 @@ import oracle
 import pytest
 from conftest import numpy
 
-from vq_kvcache import attention, doctor, kernels, storage
+from vq_kvcache import doctor, kernels, storage, trust
 from vq_kvcache.kernels import launches
 
 ON_CPU = mx.default_device().type == mx.DeviceType.cpu
@@ -90,20 +90,55 @@ def test_plain_operations_can_be_asked_for(monkeypatch):
     assert kernels.backend() == "ops"
 
 
-def test_kernels_that_are_wrong_are_not_used_and_it_is_said(monkeypatch):
-    monkeypatch.setattr(doctor, "attend_codes", lambda held, queries, *rest: mx.zeros_like(queries))
-    attention.trusted.cache_clear()
-    with pytest.warns(UserWarning, match="the cuda kernels do not work here .*error .*plain operations are used"):
-        assert not attention.trusted("cuda", 64, 64, mx.float16)
-    attention.trusted.cache_clear()
+@pytest.fixture
+def _nothing_tried():
+    trust.trusted.cache_clear()
+    trust.trusted_codes.cache_clear()
+    yield
+    trust.trusted.cache_clear()
+    trust.trusted_codes.cache_clear()
 
 
-def test_kernels_that_are_right_are_used(monkeypatch):
-    monkeypatch.setattr(kernels, "run", run)
-    attention.trusted.cache_clear()
-    monkeypatch.setattr(doctor, "compare", lambda case, place, own=doctor.compare: own(case, PLACE, run))
-    assert attention.trusted("cuda", 64, 64, mx.float16)
-    attention.trusted.cache_clear()
+@pytest.mark.usefixtures("_nothing_tried")
+class TestTrust:
+    def test_kernels_that_are_wrong_are_not_used_and_it_is_said(self, monkeypatch):
+        monkeypatch.setattr(doctor, "attend_codes", lambda held, queries, *rest: mx.zeros_like(queries))
+        with pytest.warns(UserWarning, match=r"the metal kernels do not work here .*error .*plain operations are used"):
+            assert not trust.trusted("metal", 64, 64, mx.float16)
+
+    def test_kernels_that_were_asked_for_by_name_and_are_wrong_are_an_error(self, monkeypatch):
+        monkeypatch.setattr(doctor, "attend_codes", lambda held, queries, *rest: mx.zeros_like(queries))
+        monkeypatch.setenv(kernels.VARIABLE, "metal")
+        with pytest.raises(
+            RuntimeError, match=r"the metal kernels do not work here .*VQ_KVCACHE_BACKEND asks for them"
+        ):
+            trust.trusted("metal", 64, 64, mx.float16)
+
+    @pytest.mark.parametrize("place", PLACES)
+    def test_kernels_that_are_right_are_used(self, place, monkeypatch):
+        monkeypatch.setattr(kernels, "run", run)
+        monkeypatch.setattr(doctor, "compare", lambda case, place, own=doctor.compare: own(case, place, run))
+        assert trust.trusted(place, 64, 64, mx.float16)
+        assert trust.trusted_codes(place)
+
+    @pytest.mark.parametrize(("body", "told"), [("encode", "encoding: error"), ("decode", "decoding: levels off by")])
+    def test_codes_that_are_wrong_are_not_trusted(self, body, told, monkeypatch):
+        def wrong(launch, place):
+            result = run(launch, place)
+            return [mx.roll(r, 1, axis=-1) for r in result] if launch.body.name == body else result
+
+        monkeypatch.setattr(kernels, "run", wrong)
+        with pytest.warns(UserWarning, match=f"the {PLACE} kernels do not work here .{told}"):
+            assert not trust.trusted_codes(PLACE)
+
+    def test_wrong_kernels_encode_nothing(self, monkeypatch):
+        quantizer = doctor.quantizer(64, 2, 3.5, 0)
+        x = mx.random.normal((1, 2, 40, 64), key=mx.random.key(0))
+        monkeypatch.setattr(kernels, "backend", lambda: "metal")
+        monkeypatch.setattr(doctor, "wrong_codes", lambda place: "encoding")
+        with pytest.warns(UserWarning, match=r"the metal kernels do not work here \(encoding\)"):
+            words = trust.encode_words(quantizer, x)
+        assert mx.array_equal(words, quantizer.encode_words(x)).item()
 
 
 def test_doctor_says_where_it_is(capsys):
@@ -118,6 +153,7 @@ def test_arrays_decoded_by_the_kernel_are_those_of_plain_operations(dtype, monke
     expected = held.decoded()
     calls = []
     monkeypatch.setattr(storage, "backend", lambda: "cuda")
+    monkeypatch.setattr(storage, "trusted_codes", lambda place: True)
     monkeypatch.setattr(launches, "run", lambda launch, place: calls.append(launch.body.name) or run(launch, PLACE))
     for found, plain in zip(held.decoded(), expected, strict=True):
         assert found.dtype == dtype

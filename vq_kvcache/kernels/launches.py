@@ -10,7 +10,7 @@ from ..rows import Rows
 from ..spectral import codebook, trellis
 from ..spectral.packing import Layout
 from ..spectral.spectral_quant import Quantizer, SpectralQuantizer
-from . import ATTEND, DECODE, ENCODE, MERGE, Launch, backend, run
+from . import ATTEND, DECODE, ENCODE, MERGE, Launch, run
 
 if TYPE_CHECKING:
     from ..storage import Snapshot
@@ -286,14 +286,6 @@ def decode(snapshot: "Snapshot", part: int, first_head: int, heads: int, dtype: 
         64 + BOOK_BYTES,
         (("E", dtype),),
     )
-
-
-def encode_words(quantizer: Quantizer, x: mx.array) -> mx.array:
-    """Vectors [B, H, T, D] -> words uint32 [B, W, T], by the kernel where there is one."""
-    place = backend()
-    if place == "ops" or not isinstance(quantizer, SpectralQuantizer) or not quantizer.words:
-        return quantizer.encode_words(x)
-    return run(encode(quantizer, x), place)[0]
 
 
 def _spectral(snapshot: "Snapshot") -> tuple[SpectralQuantizer, SpectralQuantizer]:
