@@ -1,27 +1,38 @@
-"""The kernels' text against plain operations and a float64 oracle: on this machine by g++, on a GPU by MLX."""
+"""The kernels' text against plain operations and a float64 oracle: on this machine by g++, with the host's prelude and
+with Metal's against a shim of its library; on a GPU by MLX."""
 
 import dataclasses
 
 import host_kernels
+import metal_kernels
 import mlx.core as mx
 import numpy as np
 import oracle
 import pytest
 from conftest import numpy
 
-from vq_kvcache import attention, doctor, kernels, storage
+from vq_kvcache import doctor, kernels, storage, trust
 from vq_kvcache.kernels import launches
 
-PLACE = "host" if mx.default_device().type == mx.DeviceType.cpu else kernels.backend()
+ON_CPU = mx.default_device().type == mx.DeviceType.cpu
+PLACES = ("host", "metal") if ON_CPU else (kernels.backend(),)
+PLACE = PLACES[0]
 
 
 def run(launch, place):
-    return host_kernels.run(launch) if place == "host" else kernels.run(launch, place)
+    if not ON_CPU:
+        return kernels.run(launch, place)
+    return {"host": host_kernels.run, "metal": metal_kernels.run}[place](launch)
 
 
-@pytest.mark.parametrize("case", list(doctor.table()), ids=str)
-def test_attention_is_as_close_to_float64_as_mlx_own(case):
-    error, own = doctor.compare(case, PLACE, run)
+def cases():
+    """(place, case) of everything that the kernels take."""
+    return [(place, case) for place in PLACES for case in doctor.table(place)]
+
+
+@pytest.mark.parametrize(("place", "case"), cases(), ids=str)
+def test_attention_is_as_close_to_float64_as_mlx_own(place, case):
+    error, own = doctor.compare(case, place, run)
     assert error <= doctor.allowed(case, own)
 
 
@@ -36,39 +47,42 @@ def test_what_is_compared_with_is_the_attention_of_the_oracle_over_the_decoded_a
     assert np.abs(p.expected - expected).max() < 1e-5
 
 
+@pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("bits", [0.5, 1.0, 2.0, 3.0, 4.25, 5.5, 7.0])
-def test_encoding_writes_the_words_of_plain_operations(bits):
+def test_encoding_writes_the_words_of_plain_operations(bits, place):
     quantizer = doctor.quantizer(96, 2, bits, 0)
     x = mx.random.normal((2, 2, 70, 96), key=mx.random.key(0)) * 2 + quantizer.mean
-    (found,) = run(launches.encode(quantizer, x), PLACE)
+    (found,) = run(launches.encode(quantizer, x), place)
     expected = quantizer.encode_words(x)
     # Sums differ in their last bits, so a number on an edge may fall to either side.
     a, b = quantizer.decode_words(found), quantizer.decode_words(expected)
     assert mx.mean((a - b) ** 2).item() <= 1e-5 * mx.mean((x - b) ** 2).item()
-    assert np.mean(np.array(found) == np.array(expected)) > (0.998 if PLACE == "host" else 0.9)
+    assert np.mean(np.array(found) == np.array(expected)) > (0.998 if ON_CPU else 0.9)
 
 
+@pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("bits", [1.0, 2.5, 4.0, 7.0])
 @pytest.mark.parametrize("dtype", [mx.float16, mx.float32], ids=["float16", "float32"])
-def test_decoding_gives_the_levels_of_plain_operations(bits, dtype):
+def test_decoding_gives_the_levels_of_plain_operations(bits, dtype, place):
     held = doctor.snapshot(doctor.Case(bits=bits, tokens=523, heads=3))
     for part, quantizer in enumerate((held.key_quantizer, held.value_quantizer)):
         expected = quantizer.decode_levels(held.words(0, held.packed_tokens)[part])[:, 1:]
-        (found,) = run(launches.decode(held, part, 1, 2, dtype), PLACE)
+        (found,) = run(launches.decode(held, part, 1, 2, dtype), place)
         error = np.abs(numpy(found[..., : held.packed_tokens]) - numpy(expected)).max()
         assert error <= (4e-3 if dtype == mx.float16 else 1e-5)
 
 
 def test_a_tile_may_hold_a_part_of_the_dims(monkeypatch):
-    monkeypatch.setattr(launches, "tile_rows", lambda dims: dims // 2)
+    monkeypatch.setattr(launches, "group_of", lambda key_dims, value_dims, *rest: (key_dims // 2, value_dims // 2, 1))
     case = doctor.Case(128, 64, bits=3.0, length=2, mask="causal")
     error, own = doctor.compare(case, PLACE, run)
     assert error <= doctor.allowed(case, own)
 
 
 def test_a_back_end_that_is_not_here_is_refused(monkeypatch):
-    monkeypatch.setenv(kernels.VARIABLE, "metal")
-    with pytest.raises(RuntimeError, match="VQ_KVCACHE_BACKEND='metal', but the default device is"):
+    other = "cuda" if kernels.backend() == "metal" else "metal"
+    monkeypatch.setenv(kernels.VARIABLE, other)
+    with pytest.raises(RuntimeError, match=f"VQ_KVCACHE_BACKEND='{other}', but the default device is"):
         kernels.backend()
 
 
@@ -77,20 +91,53 @@ def test_plain_operations_can_be_asked_for(monkeypatch):
     assert kernels.backend() == "ops"
 
 
-def test_kernels_that_are_wrong_are_not_used_and_it_is_said(monkeypatch):
-    monkeypatch.setattr(doctor, "attend_codes", lambda held, queries, *rest: mx.zeros_like(queries))
-    attention.trusted.cache_clear()
-    with pytest.warns(UserWarning, match="the cuda kernels do not work here .*error .*plain operations are used"):
-        assert not attention.trusted("cuda", 64, 64, mx.float16)
-    attention.trusted.cache_clear()
+@pytest.fixture
+def _nothing_tried():
+    trust.trusted.cache_clear()
+    trust.trusted_codes.cache_clear()
+    yield
+    trust.trusted.cache_clear()
+    trust.trusted_codes.cache_clear()
 
 
-def test_kernels_that_are_right_are_used(monkeypatch):
-    monkeypatch.setattr(kernels, "run", run)
-    attention.trusted.cache_clear()
-    monkeypatch.setattr(doctor, "compare", lambda case, place, own=doctor.compare: own(case, PLACE, run))
-    assert attention.trusted("cuda", 64, 64, mx.float16)
-    attention.trusted.cache_clear()
+@pytest.mark.usefixtures("_nothing_tried")
+class TestTrust:
+    def test_kernels_that_are_wrong_are_not_used_and_it_is_said(self, monkeypatch):
+        monkeypatch.setattr(doctor, "attend_codes", lambda held, queries, *rest: mx.zeros_like(queries))
+        with pytest.warns(UserWarning, match=r"the metal kernels do not work here .*error .*plain operations are used"):
+            assert not trust.trusted("metal", 64, 64, mx.float16)
+
+    def test_kernels_that_were_asked_for_by_name_and_are_wrong_are_an_error(self, monkeypatch):
+        monkeypatch.setattr(doctor, "attend_codes", lambda held, queries, *rest: mx.zeros_like(queries))
+        monkeypatch.setenv(kernels.VARIABLE, "metal")
+        with pytest.raises(RuntimeError, match=r"kernels do not work here .*, but VQ_KVCACHE_BACKEND asks for them"):
+            trust.trusted("metal", 64, 64, mx.float16)
+
+    @pytest.mark.parametrize("place", PLACES)
+    def test_kernels_that_are_right_are_used(self, place, monkeypatch):
+        monkeypatch.setattr(kernels, "run", run)
+        monkeypatch.setattr(doctor, "compare", lambda case, place, own=doctor.compare: own(case, place, run))
+        assert trust.trusted(place, 64, 64, mx.float16)
+        assert trust.trusted_codes(place)
+
+    @pytest.mark.parametrize(("body", "told"), [("encode", "encoding: error"), ("decode", "decoding: levels off by")])
+    def test_codes_that_are_wrong_are_not_trusted(self, body, told, monkeypatch):
+        def wrong(launch, place):
+            result = run(launch, place)
+            return [mx.roll(r, 1, axis=-1) for r in result] if launch.body.name == body else result
+
+        monkeypatch.setattr(kernels, "run", wrong)
+        with pytest.warns(UserWarning, match=f"the {PLACE} kernels do not work here .{told}"):
+            assert not trust.trusted_codes(PLACE)
+
+    def test_wrong_kernels_encode_nothing(self, monkeypatch):
+        quantizer = doctor.quantizer(64, 2, 3.5, 0)
+        x = mx.random.normal((1, 2, 40, 64), key=mx.random.key(0))
+        monkeypatch.setattr(kernels, "backend", lambda: "metal")
+        monkeypatch.setattr(doctor, "wrong_codes", lambda place: "encoding")
+        with pytest.warns(UserWarning, match=r"the metal kernels do not work here \(encoding\)"):
+            words = trust.encode_words(quantizer, x)
+        assert mx.array_equal(words, quantizer.encode_words(x)).item()
 
 
 def test_doctor_says_where_it_is(capsys):
@@ -105,6 +152,7 @@ def test_arrays_decoded_by_the_kernel_are_those_of_plain_operations(dtype, monke
     expected = held.decoded()
     calls = []
     monkeypatch.setattr(storage, "backend", lambda: "cuda")
+    monkeypatch.setattr(storage, "trusted_codes", lambda place: True)
     monkeypatch.setattr(launches, "run", lambda launch, place: calls.append(launch.body.name) or run(launch, PLACE))
     for found, plain in zip(held.decoded(), expected, strict=True):
         assert found.dtype == dtype

@@ -4,9 +4,7 @@ The packed part is never turned back: queries go into the basis of the codes, re
 merge: online softmax (Milakov & Gimelshein, arXiv 1805.02867), as in FlashAttention.
 """
 
-import functools
 import itertools
-import warnings
 from collections.abc import Callable
 from typing import Literal
 
@@ -17,6 +15,7 @@ from .kernels import launches
 from .rows import Rows
 from .spectral.intercept import original_attention
 from .storage import Snapshot
+from .trust import trusted
 
 Mask = mx.array | Literal["causal"] | None
 Part = Literal["sinks", "packed", "window"]
@@ -54,7 +53,7 @@ def attend(
         return attend_reference(snapshot, queries, scale, mask, sinks)
     place = kernels.backend()
     # The kernels' tables place values' words behind the keys'.
-    fits = place != "ops" and not snapshot.keys_twice and launches.fits(snapshot, queries)
+    fits = place != "ops" and not snapshot.keys_twice and launches.fits(snapshot, queries, place)
     if fits and _trusts(snapshot, place):
         if queries.shape[2] <= launches.MOST_QUERIES:
             return attend_codes(snapshot, queries, scale, mask, sinks, place)
@@ -114,28 +113,6 @@ def _attend_decoded(
 def _trusts(snapshot: Snapshot, place: str) -> bool:
     keys, values = snapshot.exact_keys, snapshot.exact_values
     return trusted(place, keys.shape[3], values.shape[3], keys.dtype)
-
-
-@functools.cache
-def trusted(place: str, key_dims: int, value_dims: int, dtype: mx.Dtype) -> bool:
-    """Whether the kernels of this back-end agree with attention in float64 here: three small shapes of the variant
-    that is asked for, once a process.
-
-    False, with a warning, when they do not or fail to build.
-    """
-    from .doctor import first_wrong
-
-    try:
-        wrong = first_wrong(place, key_dims, value_dims, dtype)
-    except RuntimeError as error:
-        wrong = str(error).strip().splitlines()[0]
-    if wrong:
-        warnings.warn(
-            f"the {place} kernels do not work here ({wrong}): plain operations are used, which are slower; "
-            "`vq_kvcache doctor` tells more.",
-            stacklevel=2,
-        )
-    return not wrong
 
 
 def attend_ops(

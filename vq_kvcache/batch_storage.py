@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 
 from .chunks import MAX_CHUNKS, Chunk, Chunks, fill_pages, words_between, written
 from .drift import DriftSums
-from .kernels.launches import encode_words
 from .rows import Rows, rows_of
 from .spectral.spectral_quant import Quantizer
 from .storage import BLOCK, LAG, Snapshot, Storage, holds_vectors, tokens_to_seal
+from .trust import encode_words
 
 Counts = tuple[int, ...]
 

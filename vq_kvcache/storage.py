@@ -13,9 +13,10 @@ import mlx.core as mx
 from .chunks import MAX_CHUNKS, Chunk, Chunks, fill_pages, words_between, written
 from .drift import DriftSums
 from .kernels import backend
-from .kernels.launches import decode_heads, decodes, encode_words
+from .kernels.launches import decode_heads, decodes
 from .rows import Rows, rows_of
 from .spectral.spectral_quant import Quantizer, RawQuantizer
+from .trust import encode_words, trusted_codes
 
 BLOCK = 64  # tokens that are packed together
 LAG = 16  # tokens that a seal stays behind the window, so that a speculative rollback never lands in codes
@@ -111,7 +112,9 @@ class Snapshot:
         return self.in_order(self.exact_keys, middle[0], order), self.in_order(self.exact_values, middle[1], order)
 
     def _decoded_codes(self) -> tuple[mx.array, mx.array]:
-        if (place := backend()) != "ops" and not self.keys_twice and decodes(self.key_quantizer, self.value_quantizer):
+        place = backend()
+        readable = not self.keys_twice and decodes(self.key_quantizer, self.value_quantizer)
+        if place != "ops" and readable and trusted_codes(place):
             # A handful of operations, where plain ones take a millisecond of Python for every few layers.
             keys, values = (decode_heads(self, part, 0, self.exact_keys.shape[1], place) for part in (0, 1))
             return keys, values

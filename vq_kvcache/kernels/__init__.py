@@ -1,6 +1,6 @@
-"""One kernel text for CUDA and the host, Metal to come: read it, choose the back-end, build once, launch.
+"""One kernel text for Metal, CUDA and the host: read it, choose the back-end, build once, launch.
 
-header = a prelude (cuda.h; host.h in tests) + helpers + body; source = the back-end's prologue + one call.
+header = a prelude (metal.h, cuda.h; host.h in tests) + helpers + body; source = the back-end's prologue + one call.
 Numbers that change from step to step come in `params`, widths and words in `table`, so one variant for each dtype and
 head_dim serves every layer of every model.
 """
@@ -17,13 +17,20 @@ import mlx.core as mx
 
 from ..chunks import MAX_CHUNKS
 
-Backend = Literal["cuda", "ops"]
+Backend = Literal["metal", "cuda", "ops"]
 VARIABLE = "VQ_KVCACHE_BACKEND"
 FOLDER = pathlib.Path(__file__).resolve().parent
 TEXTS = ("helpers.h", "products.h", "attend.h", "merge.h", "encode.h", "decode.h")
+LEAST_INPUT = 8  # elements: Metal keeps smaller inputs in another address space
 
-# Where a thread group is, as every call of a body wants it.
+# Where a thread group is, as every call of a body wants it; {floats} of shared memory, in fours.
 PROLOGUES = {
+    "metal": (
+        "const int vq_x = threadgroup_position_in_grid.x, vq_y = threadgroup_position_in_grid.y,\n"
+        "          vq_z = threadgroup_position_in_grid.z, vq_thread = thread_index_in_threadgroup;\n"
+        "threadgroup float4 vq_space[{floats}];\n"
+        "threadgroup float* vq_shared = (threadgroup float*)vq_space;\n"
+    ),
     "cuda": (
         "const int vq_x = blockIdx.x, vq_y = blockIdx.y, vq_z = blockIdx.z, vq_thread = threadIdx.x;\n"
         "extern __shared__ float4 vq_space[];\n"
@@ -86,6 +93,11 @@ class Launch:
     template: tuple[tuple[str, Any], ...]
 
 
+def header(place: str) -> str:
+    """The kernel text for a compiler, without any kernel; metal.h has products of its own."""
+    return text(f"{place}.h", *(name for name in TEXTS if place != "metal" or name != "products.h"))
+
+
 @functools.cache
 def text(*names: str) -> str:
     """The kernel text of these files, one after another."""
@@ -99,7 +111,9 @@ def backend() -> Backend:
     """
     wanted = os.environ.get(VARIABLE, "")
     gpu = mx.default_device().type == mx.DeviceType.gpu
-    here: Backend = "cuda" if gpu and mx.cuda.is_available() else "ops"  # there is no prelude for Metal yet
+    here: Backend = "ops"
+    if gpu:
+        here = "metal" if mx.metal.is_available() else "cuda"
     if wanted in ("", here):
         return here
     if wanted == "ops":
@@ -112,23 +126,30 @@ def backend() -> Backend:
 
 @functools.cache
 def _kernel(body: Body, place: str, shared: int) -> Any:
-    header = text(f"{place}.h", *TEXTS)
-    source = PROLOGUES[place] + body.call
-    name = f"vq_{body.name}_{hashlib.sha256((header + source).encode()).hexdigest()[:12]}"
-    names: dict[str, Any] = {"input_names": list(body.inputs), "output_names": list(body.outputs)}
+    top = header(place)
+    source = PROLOGUES[place].replace("{floats}", str(max(-(-shared // 16), 1))) + body.call
     # The name tells variants apart, and so must their shared memory.
-    return mx.fast.cuda_kernel(name=f"{name}_{shared}", **names, source=source, header=header, shared_memory=shared)
+    name = f"vq_{body.name}_{hashlib.sha256((top + source).encode()).hexdigest()[:12]}_{shared}"
+    names: dict[str, Any] = {"input_names": list(body.inputs), "output_names": list(body.outputs)}
+    if place == "metal":
+        return mx.fast.metal_kernel(name=name, **names, source=source, header=top)
+    return mx.fast.cuda_kernel(name=name, **names, source=source, header=top, shared_memory=shared)
 
 
-def run(launch: Launch, place: str) -> list[mx.array]:
-    """Launch at `place`; the outputs, lazy."""
+def _padded(array: mx.array) -> mx.array:
+    return array if array.size >= LEAST_INPUT else mx.pad(array.reshape(-1), (0, LEAST_INPUT - array.size))
+
+
+def run(launch: Launch, place: str, **options: Any) -> list[mx.array]:
+    """Launch at `place`; the outputs, lazy. `options` go to MLX's kernel."""
     x, y, z = launch.groups
     result: list[mx.array] = _kernel(launch.body, place, launch.shared)(
-        inputs=list(launch.inputs),
+        inputs=[_padded(a) for a in launch.inputs] if place == "metal" else list(launch.inputs),
         output_shapes=list(launch.output_shapes),
         output_dtypes=list(launch.output_dtypes),
         grid=(x * launch.threads, y, z),
         threadgroup=(launch.threads, 1, 1),
         template=list(launch.template),
+        **options,
     )
     return result

@@ -68,15 +68,15 @@ VQ_FN void vq_attend_exact(VQ_IN(T) q, VQ_IN(T) keys, VQ_IN(T) values, VqRows he
                            VQ_IN(unsigned char) hidden, VQ_IN(float) added, VQ_OUT(float) sums, VQ_OUT(float) outputs,
                            VQ_SHARED(float) shared, VQ_THREAD const VqPlace& at, int threads) {
   const int queries = params[VQ_G] * params[VQ_L], rows = queries - at.row_tile * 16 < 16 ? queries - at.row_tile * 16 : 16;
-  const int thread = at.warp * 32 + at.lane, capacity = params[VQ_EXACT_CAPACITY];
+  const int worker = at.warp * 32 + at.lane, capacity = params[VQ_EXACT_CAPACITY];
   const int exact = held.sinks + held.end - held.start, first = at.split * VQ_TOKENS;
   const int count = exact - first < VQ_TOKENS ? exact - first : VQ_TOKENS;
   VQ_SHARED(float) scores = shared + 16 * DK;
-  for (int i = thread; i < rows * DK; i += threads)
+  for (int i = worker; i < rows * DK; i += threads)
     shared[i] = vq_query<T, DK>(q, params, at, at.row_tile * 16 + i / DK, i % DK) * scale;
   VQ_SYNC_GROUP();
   const int plane = (at.batch * params[VQ_H] + at.head) * capacity;
-  for (int i = thread; i < rows * VQ_TOKENS; i += threads) scores[i] = VQ_LOWEST;
+  for (int i = worker; i < rows * VQ_TOKENS; i += threads) scores[i] = VQ_LOWEST;
   VQ_SYNC_GROUP();
   VQ_UNROLL_BY(4)
   for (int t = at.warp; t < count; t += threads / 32) {  // lanes share a key, so that they read it side by side
@@ -112,7 +112,7 @@ VQ_FN void vq_attend_exact(VQ_IN(T) q, VQ_IN(T) keys, VQ_IN(T) values, VqRows he
     if (at.lane == 0) sums[2 * (base + row)] = top, sums[2 * (base + row) + 1] = sum;
   }
   VQ_SYNC_GROUP();
-  for (int d = thread; d < DV; d += threads) {
+  for (int d = worker; d < DV; d += threads) {
     float out[16];
     VQ_UNROLL
     for (int r = 0; r < 16; ++r) out[r] = 0.0f;
@@ -133,11 +133,11 @@ VQ_FN void vq_attend_exact(VQ_IN(T) q, VQ_IN(T) keys, VQ_IN(T) values, VqRows he
 // every score, constant [16]. plain: [16, DK], only for the time of this function.
 template <typename T, typename E, int DK>
 VQ_FN void vq_fold(VQ_IN(T) q, VQ_IN(float) fold, VQ_IN(float) mean, VQ_IN(int) params, float scale, int stored,
-                   int fold_rows, VQ_SHARED(float) plain, VQ_SHARED(E) folded, VQ_SHARED(float) constant,
+                   int fold_rows, VQ_SHARED(float) plain, VQ_SHARED(E) folded, VQ_SHARED(float) mean_score,
                    VQ_THREAD const VqPlace& at, int threads) {
   const int left = params[VQ_G] * params[VQ_L] - at.row_tile * 16, rows = left < 16 ? left : 16;
-  const int thread = at.warp * 32 + at.lane;
-  for (int i = thread; i < 16 * DK; i += threads)
+  const int worker = at.warp * 32 + at.lane;
+  for (int i = worker; i < 16 * DK; i += threads)
     plain[i] = i / DK < rows ? vq_query<T, DK>(q, params, at, at.row_tile * 16 + i / DK, i % DK) * scale : 0.0f;
   VQ_SYNC_GROUP();
   VQ_LOOP
@@ -176,7 +176,7 @@ VQ_FN void vq_fold(VQ_IN(T) q, VQ_IN(float) fold, VQ_IN(float) mean, VQ_IN(int) 
     float x = 0.0f;
     for (int d = at.lane; d < DK; d += 32) x += plain[row * DK + d] * mean[at.head * DK + d];
     for (uint bit = 16; bit; bit /= 2) x += vq_shuffle_xor(x, bit);
-    if (at.lane == 0) constant[row] = x;
+    if (at.lane == 0) mean_score[row] = x;
   }
   VQ_SYNC_GROUP();
 }
@@ -192,25 +192,25 @@ struct VqRunning {
 template <int DV>
 VQ_FN void vq_soften(VQ_THREAD float (&s)[8][4], VQ_THREAD VqRunning<DV>& running) {
   VQ_UNROLL
-  for (int half = 0; half < 2; ++half) {
-    float top = running.top[half];
+  for (int side = 0; side < 2; ++side) {
+    float top = running.top[side];
     VQ_UNROLL
-    for (int n = 0; n < 8; ++n) top = vq_max(top, vq_max(s[n][2 * half], s[n][2 * half + 1]));
+    for (int n = 0; n < 8; ++n) top = vq_max(top, vq_max(s[n][2 * side], s[n][2 * side + 1]));
     top = vq_max(top, vq_shuffle_xor(top, VQ_ROW_A));
     top = vq_max(top, vq_shuffle_xor(top, VQ_ROW_B));
-    const float change = vq_exp2(running.top[half] - top);
-    float sum = running.sum[half] * change;
+    const float change = vq_exp2(running.top[side] - top);
+    float sum = running.sum[side] * change;
     VQ_UNROLL
     for (int n = 0; n < 8; ++n) {
       VQ_UNROLL
-      for (int i = 2 * half; i < 2 * half + 2; ++i) {
+      for (int i = 2 * side; i < 2 * side + 2; ++i) {
         s[n][i] = vq_weight(s[n][i], top);
         sum += s[n][i];
       }
     }
-    running.top[half] = top, running.sum[half] = sum;
+    running.top[side] = top, running.sum[side] = sum;
     VQ_UNROLL
-    for (int n = 0; n < DV / 8; ++n) running.output[n][2 * half] *= change, running.output[n][2 * half + 1] *= change;
+    for (int n = 0; n < DV / 8; ++n) running.output[n][2 * side] *= change, running.output[n][2 * side + 1] *= change;
   }
 }
 
@@ -236,22 +236,22 @@ VQ_FN void vq_hide(VQ_THREAD float (&s)[8][4], VQ_THREAD const VqTile& t, VqRows
 
 // The running sums of all warps of the group -> the outputs of this split.
 template <int DV>
-VQ_FN void vq_gather(VQ_THREAD VqRunning<DV>& running, VQ_SHARED(float) constant, VQ_IN(int) params,
+VQ_FN void vq_gather(VQ_THREAD VqRunning<DV>& running, VQ_SHARED(float) mean_score, VQ_IN(int) params,
                      VQ_OUT(float) sums, VQ_OUT(float) outputs, VQ_SHARED(float) shared, VQ_THREAD const VqPlace& at, int warps) {
   VQ_SHARED(float) tops = shared + warps * 16 * DV;  // after the outputs: [warps, 16] tops, then sums
   VQ_SYNC_GROUP();
   VQ_UNROLL
-  for (int half = 0; half < 2; ++half) {
-    const int row = VQ_ROW(at.lane) + 8 * half;
-    float sum = running.sum[half];
+  for (int side = 0; side < 2; ++side) {
+    const int row = VQ_ROW(at.lane) + 8 * side;
+    float sum = running.sum[side];
     sum += vq_shuffle_xor(sum, VQ_ROW_A);
     sum += vq_shuffle_xor(sum, VQ_ROW_B);
-    tops[at.warp * 16 + row] = running.top[half];
+    tops[at.warp * 16 + row] = running.top[side];
     tops[(warps + at.warp) * 16 + row] = sum;
     VQ_UNROLL
     for (int n = 0; n < DV / 8; ++n) {
       VQ_SHARED(float) out = shared + (at.warp * 16 + row) * DV + n * 8 + VQ_COL(at.lane);
-      out[0] = running.output[n][2 * half], out[1] = running.output[n][2 * half + 1];
+      out[0] = running.output[n][2 * side], out[1] = running.output[n][2 * side + 1];
     }
   }
   VQ_SYNC_GROUP();
@@ -267,7 +267,7 @@ VQ_FN void vq_gather(VQ_THREAD VqRunning<DV>& running, VQ_SHARED(float) constant
       out += share * shared[(w * 16 + row) * DV + i % DV];
     }
     outputs[base * DV + i] = out;
-    if (i % DV == 0) sums[2 * (base + row)] = top + constant[row], sums[2 * (base + row) + 1] = sum;
+    if (i % DV == 0) sums[2 * (base + row)] = top + mean_score[row], sums[2 * (base + row) + 1] = sum;
   }
 }
 
@@ -298,29 +298,29 @@ VQ_FN void vq_attend_packed(VQ_IN(T) q, VQ_CHUNK_ARGUMENTS, VqRows held, VQ_IN(f
                             VQ_IN(unsigned char) hidden, VQ_IN(float) added, VQ_OUT(float) sums,
                             VQ_OUT(float) outputs, VQ_SHARED(float) shared, VQ_THREAD const VqPlace& at) {
   typedef VqSpace<E, DK, (KROWS > VROWS ? KROWS : VROWS), STAGE> Space;
-  VQ_SHARED(float) constant = shared;
+  VQ_SHARED(float) mean_score = shared;
   VQ_SHARED(int) chunks = (VQ_SHARED(int))(shared + Space::chunks);
   VQ_SHARED(E) folded = (VQ_SHARED(E))(shared + Space::folded);
   VQ_SHARED(float) own = shared + Space::warps + at.warp * Space::warp;
   VQ_SHARED(float) scratch = own + STAGE * VQ_TOKENS;
   VQ_SHARED(E) tile = (VQ_SHARED(E))(own + Space::tile);
-  const int thread = at.warp * 32 + at.lane;
+  const int worker = at.warp * 32 + at.lane;
   const int entries[2] = {VQ_HEAD_TABLE + at.head * VQ_HEAD_INTS,
                           VQ_HEAD_TABLE + (params[VQ_H] + at.head) * VQ_HEAD_INTS};
-  if (thread < 16) chunks[thread] = thread < 2 * params[VQ_CHUNKS] ? params[VQ_CHUNK_TABLE + thread] : 0;
-  const VqBook key_book = vq_open(table, entries[0], levels, shared + Space::books, thread, WARPS * 32);
-  const VqBook value_book = vq_open(table, entries[1], levels, shared + Space::books + VQ_BOOK, thread, WARPS * 32);
+  if (worker < 16) chunks[worker] = worker < 2 * params[VQ_CHUNKS] ? params[VQ_CHUNK_TABLE + worker] : 0;
+  const VqBook key_book = vq_open(table, entries[0], levels, shared + Space::books, worker, WARPS * 32);
+  const VqBook value_book = vq_open(table, entries[1], levels, shared + Space::books + VQ_BOOK, worker, WARPS * 32);
   const int first_word[2] = {table[entries[0] + 3], table[entries[1] + 3]};
   const int words[2] = {table[entries[0] + 4], table[entries[1] + 4]};
   const int total_words = table[VQ_TOTAL_WORDS], count = params[VQ_CHUNKS];
   vq_fold<T, E, DK>(q, fold, mean, params, scale, table[entries[0] + 2], table[VQ_KEY_ROWS], shared + Space::warps,
-                    folded, constant, at, WARPS * 32);
+                    folded, mean_score, at, WARPS * 32);
   // What is never written must not be NaN.
   for (int i = at.lane; i < (KROWS > VROWS ? KROWS : VROWS) * VQ_STRIDE; i += 32) vq_set(tile[i], 0.0f);
   VQ_SYNC_GROUP();
   VqRunning<DV> running;
   VQ_UNROLL
-  for (int half = 0; half < 2; ++half) running.top[half] = VQ_LOWEST, running.sum[half] = 0.0f;
+  for (int side = 0; side < 2; ++side) running.top[side] = VQ_LOWEST, running.sum[side] = 0.0f;
   VQ_UNROLL
   for (int n = 0; n < DV / 8; ++n) {
     VQ_UNROLL
@@ -392,7 +392,7 @@ VQ_FN void vq_attend_packed(VQ_IN(T) q, VQ_CHUNK_ARGUMENTS, VqRows held, VQ_IN(f
       }
     }
   }
-  vq_gather<DV>(running, constant, params, sums, outputs, shared + Space::folded, at, WARPS);
+  vq_gather<DV>(running, mean_score, params, sums, outputs, shared + Space::folded, at, WARPS);
 }
 
 template <typename T>
@@ -409,9 +409,9 @@ template <typename T, int DK, int DV, int KROWS, int VROWS, int WARPS, int STAGE
 VQ_FN void vq_attend(VQ_IN(T) q, VQ_IN(T) keys, VQ_IN(T) values, VQ_CHUNK_ARGUMENTS, VQ_IN(int) rows,
                      VQ_IN(float) fold, VQ_IN(float) mean, VQ_IN(int) table, VQ_IN(float) levels, VQ_IN(int) params,
                      VQ_IN(float) scale, VQ_IN(unsigned char) hidden, VQ_IN(float) added, VQ_OUT(float) sums,
-                     VQ_OUT(float) outputs, VQ_SHARED(float) shared, int x, int y, int z, int thread) {
+                     VQ_OUT(float) outputs, VQ_SHARED(float) shared, int x, int y, int z, int worker) {
   const int heads = params[VQ_H];
-  const VqPlace at = {x, y % heads, y / heads, z, thread / 32, thread % 32};
+  const VqPlace at = {x, y % heads, y / heads, z, worker / 32, worker % 32};
   const VqRows held = vq_rows(rows, at.batch);
   if (x < params[VQ_EXACT_SPLITS]) {
     vq_attend_exact<T, DK, DV>(q, keys, values, held, params, scale[0], hidden, added, sums, outputs, shared, at,

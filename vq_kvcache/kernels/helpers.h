@@ -24,12 +24,12 @@ struct VqBook {
   int count;
 };
 
-VQ_FN VqBook vq_open(VQ_IN(int) table, int entry, VQ_IN(float) levels, VQ_SHARED(float) space, int thread,
+VQ_FN VqBook vq_open(VQ_IN(int) table, int entry, VQ_IN(float) levels, VQ_SHARED(float) space, int worker,
                      int threads) {
   const int first = table[entry], count = table[entry + 1];
   VQ_SHARED(int) pieces = (VQ_SHARED(int))(space + VQ_LEVELS);
-  for (int i = thread; i < VQ_LEVELS; i += threads) space[i] = levels[i];
-  for (int i = thread; i < count * VQ_PIECE_INTS; i += threads) pieces[i] = table[first + i];
+  for (int i = worker; i < VQ_LEVELS; i += threads) space[i] = levels[i];
+  for (int i = worker; i < count * VQ_PIECE_INTS; i += threads) pieces[i] = table[first + i];
   const VqBook book = {space, pieces, count};
   return book;
 }
@@ -53,7 +53,7 @@ struct VqFields {
 // The codes of a ring, each with its neighbours' bits: indices of W + 1 bits, those of even slots s at bit s * W, those
 // of odd ones at bit s * W - 1.
 template <int W>
-VQ_FN void vq_turn(uint x, int slots, uint& even, uint& odd) {
+VQ_FN void vq_turn(uint x, int slots, VQ_THREAD uint& even, VQ_THREAD uint& odd) {
   const int whole = W * slots;
   const uint f = x & (0xffffffffu >> (32 - whole));
   const uint one = f << W | f >> (whole - W), two = f << 2 * W | f >> (whole - 2 * W);

@@ -1,13 +1,9 @@
-// Prelude for a C++ compiler: the lanes of a thread group are fibers that take turns at every barrier, so the tests run
-// the very text that GPUs get. Not fast, and not meant to be.
-#include <ucontext.h>
-
+// Prelude for a C++ compiler, so that the tests run the very text that GPUs get. They provide VqFibers, the lanes of a
+// thread group that take turns at every barrier. Not fast, and not meant to be.
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
-#include <functional>
-#include <vector>
 
 #define VQ_FN static inline
 #define VQ_IN(T) const T*
@@ -74,83 +70,6 @@ VQ_FN vq_half2 vq_mul(vq_half2 a, vq_half2 b) { return {(vq_half)(a.x * b.x), (v
 VQ_FN vq_half2 vq_sub(vq_half2 a, vq_half2 b) { return {(vq_half)(a.x - b.x), (vq_half)(a.y - b.y)}; }
 VQ_FN uint vq_pair(uint a, uint b, int byte) { return (a >> 8 * byte & 0xffff) | b >> 8 * byte << 16; }
 VQ_FN void vq_load2(const uint* from, uint& a, uint& b) { a = from[0], b = from[1]; }
-
-// The lanes of one thread group.
-class VqFibers {
- public:
-  static inline VqFibers* current = nullptr;
-
-  VqFibers(int threads, std::function<void(int)> run) : run_(run), fibers_(threads), shuffled_(threads) {
-    current = this;
-    for (int i = 0; i < threads; ++i) start(i);
-    for (bool left = true; left;) {
-      left = false;
-      for (lane_ = 0; lane_ < threads; ++lane_) {
-        Fiber& f = fibers_[lane_];
-        if (!f.done && !f.waits) swapcontext(&home_, &f.context);
-        left |= !f.done;
-      }
-      release();
-    }
-  }
-
-  void wait(bool warp) {
-    Fiber& f = fibers_[lane_];
-    f.waits = warp ? 1 : 2;
-    swapcontext(&f.context, &home_);
-  }
-
-  float shuffle_xor(float x, uint bit) {
-    const int lane = lane_;
-    shuffled_[lane] = x;
-    wait(true);
-    x = shuffled_[lane ^ bit];
-    wait(true);
-    return x;
-  }
-
- private:
-  struct Fiber {
-    ucontext_t context;
-    std::vector<char> stack = std::vector<char>(1 << 17);
-    int waits = 0;  // for its warp: 1, for the group: 2
-    bool done = false;
-  };
-
-  void start(int i) {
-    Fiber& f = fibers_[i];
-    getcontext(&f.context);
-    f.context.uc_stack.ss_sp = f.stack.data();
-    f.context.uc_stack.ss_size = f.stack.size();
-    f.context.uc_link = &home_;
-    makecontext(&f.context, (void (*)())enter, 0);
-  }
-  static void enter() {
-    VqFibers* all = current;
-    const int lane = all->lane_;
-    all->run_(lane);
-    all->fibers_[lane].done = true;
-  }
-  bool all_wait(int from, int until, int kind) {
-    for (int i = from; i < until; ++i)
-      if (fibers_[i].waits != kind && !(kind == 2 && fibers_[i].done)) return false;
-    return true;
-  }
-  void release() {
-    const int threads = (int)fibers_.size();
-    for (int w = 0; w < threads; w += 32)
-      if (all_wait(w, w + 32 < threads ? w + 32 : threads, 1))
-        for (int i = w; i < w + 32 && i < threads; ++i) fibers_[i].waits = 0;
-    if (all_wait(0, threads, 2))
-      for (Fiber& f : fibers_) f.waits = 0;
-  }
-
-  std::function<void(int)> run_;
-  std::vector<Fiber> fibers_;
-  std::vector<float> shuffled_;
-  ucontext_t home_;
-  int lane_ = 0;
-};
 
 VQ_FN void vq_stage(uint* to, const uint* from, int capacity, int left, int words, int lane) {
   for (int i = lane; i < words * VQ_TOKENS; i += 32)

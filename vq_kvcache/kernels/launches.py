@@ -10,7 +10,7 @@ from ..rows import Rows
 from ..spectral import codebook, trellis
 from ..spectral.packing import Layout
 from ..spectral.spectral_quant import Quantizer, SpectralQuantizer
-from . import ATTEND, DECODE, ENCODE, MERGE, Launch, backend, run
+from . import ATTEND, DECODE, ENCODE, MERGE, Launch, run
 
 if TYPE_CHECKING:
     from ..storage import Snapshot
@@ -105,7 +105,7 @@ def _scale(scale: float) -> mx.array:
 def _rows(layout: Rows) -> mx.array:
     counts = zip(layout.held_sinks, layout.window_start, layout.packed_tokens, strict=True)
     flat = [n for sinks, start, packed in counts for n in (sinks, start, layout.window_end, packed)]
-    return mx.array(flat + [0] * (8 - len(flat)), mx.int32)  # Metal keeps inputs of fewer elements elsewhere
+    return mx.array(flat, mx.int32)
 
 
 @functools.cache
@@ -137,16 +137,14 @@ def _mask_inputs(mask: Any) -> tuple[int, tuple[int, int, int, int], mx.array, m
         step *= size
     strides = (steps[3], steps[2], steps[1], steps[0])
     flat = wide.reshape(-1)
-    if flat.size < 8:
-        flat = mx.concatenate([flat, mx.zeros(8, flat.dtype)])
     if mask.dtype == mx.bool_:
         return MASK_KINDS["bool"], strides, flat.view(mx.uint8), added
     return MASK_KINDS["added"], strides, hidden, flat.astype(mx.float32)
 
 
-def tile_rows(dims: int) -> int:
-    """Dims that a tile holds at once; a divisor of `dims`, a multiple of 16."""
-    return dims
+def tile_rows(dims: int, most: int) -> int:
+    """Dims that a tile holds at once: the largest divisor of `dims` that is a multiple of 16 and at most `most`."""
+    return max((n for n in range(16, most + 1, 16) if dims % n == 0), default=16)
 
 
 def shared_bytes(key_dims: int, value_dims: int, rows: int, element: int, warps: int, stage: int, place: str) -> int:
@@ -162,13 +160,21 @@ def shared_bytes(key_dims: int, value_dims: int, rows: int, element: int, warps:
 
 
 @functools.cache
-def warps_of(key_dims: int, value_dims: int, element: int, stage: int, place: str) -> int:
-    """Warps of a thread group: as many as fit beside a second group, else alone."""
-    if place != "cuda":
-        return 1
-    rows = max(key_dims, value_dims)
-    need = {w: shared_bytes(key_dims, value_dims, rows, element, w, stage, place) for w in range(1, 7)}
-    return max((w for w in need if need[w] <= 115_600 and w >= 4), default=max(w for w in need if need[w] <= 231_000))
+def group_of(key_dims: int, value_dims: int, element: int, stage: int, place: str) -> tuple[int, int, int]:
+    """(rows of a tile of keys, of values, warps) of a thread group that fits in shared memory."""
+    most = max(key_dims, value_dims)
+
+    def need(rows: int, warps: int) -> int:
+        return shared_bytes(key_dims, value_dims, rows, element, warps, stage, place)
+
+    if place == "metal":  # two warps, unless their tiles would be much too low
+        rows = {w: max((n for n in range(16, most + 1, 16) if need(n, w) <= METAL_BYTES), default=16) for w in (1, 2)}
+        low = {w: min(tile_rows(key_dims, rows[w]), tile_rows(value_dims, rows[w])) for w in rows}
+        warps = 2 if low[2] >= 32 else 1
+        return tile_rows(key_dims, rows[warps]), tile_rows(value_dims, rows[warps]), warps
+    fitting = [w for w in range(4, 7) if need(most, w) <= 115_600]  # beside a second group
+    alone = [w for w in range(1, 7) if need(most, w) <= 231_000]
+    return key_dims, value_dims, 1 if place == "host" else max(fitting or alone)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -178,7 +184,8 @@ def head_words(keys: SpectralQuantizer, values: SpectralQuantizer) -> int:
     return max(sum(s[h + 1] - s[h] for s in starts) for h in range(keys.layout.heads))
 
 
-GROUPS = {"cuda": 264, "host": 24}  # that fill a GPU: two on each of 132 multiprocessors
+GROUPS = {"cuda": 264, "metal": 240, "host": 24}  # that fill a GPU: two on each of 132 multiprocessors, six of 40 cores
+METAL_BYTES = 32_768  # of a thread group
 
 
 def attend(
@@ -191,9 +198,8 @@ def attend(
     group, planes = query_heads // heads, batch * heads
     row_tiles = -(-group * length // QUERIES)
     element = 4 if queries.dtype == mx.float32 else 2
-    stage = next(n for n in STAGES if n >= head_words(keys, values))
-    warps = warps_of(key_dims, value_dims, element, stage, place)
-    key_rows, value_rows = tile_rows(key_dims), tile_rows(value_dims)
+    stage = 0 if place == "metal" else next(n for n in STAGES if n >= head_words(keys, values))
+    key_rows, value_rows, warps = group_of(key_dims, value_dims, element, stage, place)
     layout = snapshot.layout
     words, counts, tiles = _chunk_inputs(snapshot)
     exact_most = max(s + layout.window_end - w for s, w in zip(layout.held_sinks, layout.window_start, strict=True))
@@ -228,8 +234,6 @@ def merge(parts: list[mx.array], rest: tuple[Any, ...]) -> Launch:
     """The launch of merge.h."""
     values, table, params, sinks, queries, planes, rows, value_dims = rest
     logits = _nothing(mx.float32) if sinks is None else sinks.astype(mx.float32)
-    if logits.size < 8:
-        logits = mx.concatenate([logits, mx.zeros(8)])
     threads = min(MERGE_THREADS, value_dims)
     return Launch(
         MERGE,
@@ -284,14 +288,6 @@ def decode(snapshot: "Snapshot", part: int, first_head: int, heads: int, dtype: 
     )
 
 
-def encode_words(quantizer: Quantizer, x: mx.array) -> mx.array:
-    """Vectors [B, H, T, D] -> words uint32 [B, W, T], by the kernel where there is one."""
-    place = backend()
-    if place == "ops" or not isinstance(quantizer, SpectralQuantizer) or not quantizer.words:
-        return quantizer.encode_words(x)
-    return run(encode(quantizer, x), place)[0]
-
-
 def _spectral(snapshot: "Snapshot") -> tuple[SpectralQuantizer, SpectralQuantizer]:
     keys, values = snapshot.key_quantizer, snapshot.value_quantizer
     if not (isinstance(keys, SpectralQuantizer) and isinstance(values, SpectralQuantizer)):
@@ -324,11 +320,22 @@ def decodes(keys: Quantizer, values: Quantizer) -> bool:
     return bool(keys.words and values.words) and max(map(len, segments)) <= MOST_PIECES
 
 
-def fits(snapshot: "Snapshot", queries: mx.array) -> bool:
-    """Whether the attention kernels take these operands."""
+def has_room(key_dims: int, value_dims: int, dtype: mx.Dtype, place: str) -> bool:
+    """Whether a thread group of `attend` finds the shared memory that it needs."""
+    if place != "metal":
+        return True
+    element = 4 if dtype == mx.float32 else 2
+    key_rows, value_rows, warps = group_of(key_dims, value_dims, element, 0, place)
+    return shared_bytes(key_dims, value_dims, max(key_rows, value_rows), element, warps, 0, place) <= METAL_BYTES
+
+
+def fits(snapshot: "Snapshot", queries: mx.array, place: str) -> bool:
+    """Whether the attention kernels of this back-end take these operands."""
     if not decodes(snapshot.key_quantizer, snapshot.value_quantizer):
         return False
     dims = snapshot.exact_keys.shape[3], snapshot.exact_values.shape[3]
     types = {queries.dtype, snapshot.exact_keys.dtype, snapshot.exact_values.dtype}
     fetched = head_words(*_spectral(snapshot)) <= STAGES[-1]
-    return fetched and set(dims) <= set(HEAD_DIMS) and len(types) == 1
+    if not (fetched and set(dims) <= set(HEAD_DIMS) and len(types) == 1):
+        return False
+    return has_room(*dims, queries.dtype, place)

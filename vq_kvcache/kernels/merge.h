@@ -5,16 +5,16 @@ enum { VQ_MOST_SPLITS = 1024 };
 template <typename T, int DV>
 VQ_FN void vq_merge(VQ_IN(float) sums, VQ_IN(float) outputs, VQ_IN(float) unfold, VQ_IN(float) mean,
                     VQ_IN(float) sink_logits, VQ_IN(int) table, VQ_IN(int) params, VQ_OUT(T) result,
-                    VQ_SHARED(float) shared, int query, int plane, int thread, int threads) {
+                    VQ_SHARED(float) shared, int query, int plane, int worker, int threads) {
   const int exact = params[VQ_EXACT_SPLITS], splits = exact + params[VQ_PACKED_SPLITS];
-  const int queries = params[VQ_G] * params[VQ_L], head = plane % params[VQ_H], lane = thread % 32;
+  const int queries = params[VQ_G] * params[VQ_L], head = plane % params[VQ_H], lane = worker % 32;
   VQ_SHARED(float) shares = shared;
   VQ_SHARED(float) folded = shared + VQ_MOST_SPLITS;
   VQ_SHARED(float) totals = folded + DV;
   VQ_IN(float) own = sums + 2 * (plane * splits * queries + query);
   const bool sinks = params[VQ_SINKS];
   const float logit = sinks ? sink_logits[head * params[VQ_G] + query / params[VQ_L]] * 1.44269504f : VQ_LOWEST;
-  if (thread < 32) {  // one warp finds what each split counts for
+  if (worker < 32) {  // one warp finds what each split counts for
     float top = logit, total = 0.0f, packed_total = 0.0f;
     for (int s = lane; s < splits; s += 32) top = vq_max(top, own[2 * s * queries]);
     VQ_UNROLL
@@ -34,7 +34,7 @@ VQ_FN void vq_merge(VQ_IN(float) sums, VQ_IN(float) outputs, VQ_IN(float) unfold
   }
   VQ_SYNC_GROUP();
   VQ_IN(float) out = outputs + (plane * splits * queries + query) * DV;
-  for (int n = thread; n < DV; n += threads) {
+  for (int n = worker; n < DV; n += threads) {
     float packed = 0.0f;
     VQ_UNROLL_BY(8)
     for (int s = exact; s < splits; ++s) packed = vq_fma(out[s * queries * DV + n], shares[s], packed);
@@ -42,7 +42,7 @@ VQ_FN void vq_merge(VQ_IN(float) sums, VQ_IN(float) outputs, VQ_IN(float) unfold
   }
   VQ_SYNC_GROUP();
   const int stored = table[VQ_VALUE_ROWS];
-  for (int d = thread; d < DV; d += threads) {
+  for (int d = worker; d < DV; d += threads) {
     float x = totals[1] * mean[head * DV + d];
     for (int s = 0; s < exact; ++s) x = vq_fma(out[s * queries * DV + d], shares[s], x);
     VQ_IN(float) column = unfold + head * stored * DV + d;

@@ -1,0 +1,112 @@
+// The lanes of one thread group, as fibers that take turns at every barrier.
+#include <setjmp.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <ucontext.h>
+
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <vector>
+
+class VqFibers {
+ public:
+  static inline VqFibers* current = nullptr;
+
+  VqFibers(int threads, std::function<void(int)> run) : run_(run), fibers_(threads) {
+    current = this;
+    if (stacks.size() < fibers_.size() * STACK) stacks.resize(fibers_.size() * STACK);
+    for (bool left = true; left;) {
+      left = false;
+      for (int i = 0; i < threads; ++i) {
+        Fiber& f = fibers_[i];
+        if (!f.done && !f.waits) resume(i);
+        left |= !f.done;
+      }
+      if (!release() && left) fprintf(stderr, "lanes wait for each other\n"), abort();
+    }
+  }
+
+  void wait(bool warp) {
+    Fiber& f = fibers_[lane_];
+    f.waits = warp ? 1 : 2;
+    if (!_setjmp(f.here)) _longjmp(home_, 1);
+  }
+
+  float shuffle_xor(float x, unsigned bit) {
+    const float* all = exchange(x, 0.0f, 0.0f, 0.0f);
+    return all[4 * (lane_ % 32 ^ bit)];
+  }
+
+  // What each lane of the warp gives, [32, 4]; until the next call but one.
+  const float* exchange(float a, float b, float c, float d) {
+    Fiber& f = fibers_[lane_];
+    float* all = given_[f.turn] + lane_ / 32 * 128;
+    const float own[4] = {a, b, c, d};
+    memcpy(all + lane_ % 32 * 4, own, 16);
+    f.turn ^= 1;
+    wait(true);
+    return all;
+  }
+
+  int lane() const { return lane_; }
+
+ private:
+  enum : size_t { STACK = 1 << 17 };
+  static inline std::vector<char> stacks;
+  struct Fiber {
+    jmp_buf here;
+    int waits = 0;  // for its warp: 1, for the group: 2
+    int turn = 0;
+    bool started = false, done = false;
+  };
+
+  __attribute__((noinline)) void resume(int i) {
+    Fiber& f = fibers_[i];
+    lane_ = i;
+    if (_setjmp(home_)) return;
+    if (f.started) _longjmp(f.here, 1);
+    f.started = true;
+    static ucontext_t context;
+    getcontext(&context);
+    context.uc_stack.ss_sp = stacks.data() + i * STACK;
+    context.uc_stack.ss_size = STACK;
+    context.uc_link = nullptr;
+    makecontext(&context, (void (*)())enter, 0);
+    setcontext(&context);
+  }
+  static void enter() {
+    VqFibers* all = current;
+    all->run_(all->lane_);
+    all->fibers_[all->lane_].done = true;
+    _longjmp(all->home_, 1);
+  }
+  bool all_wait(size_t from, size_t until, int kind) {
+    bool some = false;
+    for (size_t i = from; i < until && i < fibers_.size(); ++i) {
+      if (fibers_[i].waits != kind && !(kind == 2 && fibers_[i].done)) return false;
+      some |= fibers_[i].waits == kind;
+    }
+    return some;
+  }
+  bool release() {
+    bool some = false;
+    for (size_t w = 0; w < fibers_.size(); w += 32)
+      if (all_wait(w, w + 32, 1)) {
+        some = true;
+        for (size_t i = w; i < w + 32 && i < fibers_.size(); ++i) fibers_[i].waits = 0;
+      }
+    if (!some && all_wait(0, fibers_.size(), 2)) {
+      some = true;
+      for (Fiber& f : fibers_) f.waits = 0;
+    }
+    return some;
+  }
+
+  std::function<void(int)> run_;
+  std::vector<Fiber> fibers_;
+  float given_[2][1024 * 4];
+  jmp_buf home_;
+  int lane_ = 0;
+};

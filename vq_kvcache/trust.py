@@ -1,0 +1,62 @@
+"""Kernels are used where they were seen to be right: a few small cases before a process first uses a variant."""
+
+import functools
+import os
+import warnings
+from collections.abc import Callable
+
+import mlx.core as mx
+
+from . import kernels
+from .kernels import launches
+from .spectral.spectral_quant import Quantizer, SpectralQuantizer
+
+
+@functools.cache
+def trusted(place: str, key_dims: int, value_dims: int, dtype: mx.Dtype) -> bool:
+    """Whether the kernels of this back-end agree with attention in float64 here: three small shapes of the variant
+    that is asked for, once a process.
+
+    False, with a warning, when they do not or fail to build; RuntimeError when VQ_KVCACHE_BACKEND asks for them.
+    """
+    from .doctor import first_wrong
+
+    return _right(place, lambda: first_wrong(place, key_dims, value_dims, dtype))
+
+
+@functools.cache
+def trusted_codes(place: str) -> bool:
+    """The same of encoding and decoding."""
+    from .doctor import wrong_codes
+
+    return _right(place, lambda: wrong_codes(place))
+
+
+def encode_words(quantizer: Quantizer, x: mx.array) -> mx.array:
+    """Vectors [B, H, T, D] -> words uint32 [B, W, T], by the kernel where there is one."""
+    place = kernels.backend()
+    if place == "ops" or not isinstance(quantizer, SpectralQuantizer) or not quantizer.words:
+        return quantizer.encode_words(x)
+    if not trusted_codes(place):
+        return quantizer.encode_words(x)
+    return kernels.run(launches.encode(quantizer, x), place)[0]
+
+
+def _right(place: str, first_wrong: Callable[[], str]) -> bool:
+    try:
+        wrong = first_wrong()
+    except RuntimeError as error:
+        wrong = str(error).strip().splitlines()[0]
+    if not wrong:
+        return True
+    if os.environ.get(kernels.VARIABLE) == place:
+        raise RuntimeError(
+            f"the {place} kernels do not work here ({wrong}), but {kernels.VARIABLE} asks for them; unset it to use "
+            "plain operations, which are slower."
+        )
+    warnings.warn(
+        f"the {place} kernels do not work here ({wrong}): plain operations are used, which are slower; "
+        "`vq_kvcache doctor` tells more.",
+        stacklevel=3,
+    )
+    return False
