@@ -14,6 +14,7 @@ import quality_tables
 HERE = pathlib.Path(__file__).resolve().parent
 README = HERE.parent / "README.md"
 RESULTS = HERE / "results"
+HARDENING = ("fuzz", "random-operations", "kill")
 
 
 def memory(result: dict[str, Any]) -> str:
@@ -57,6 +58,18 @@ def kernel(result: dict[str, Any]) -> str:
             f"{row['attend_us']:.0f} | {row['share_of_copy_rate']:.1%} |"
         )
     lines += ["", f"First use compiles the kernels: {result['first_use_s']:.0f} s."]
+    return "\n".join(lines)
+
+
+def hardening(runs: dict[str, dict[str, Any]]) -> str:
+    """What was thrown at it, how often, and what came of it."""
+    told = {"fuzz": ("damaged files read", "cases"), "random-operations": ("sequences of cache operations", "sequences"),
+            "kill": ("writers killed", "kills")}  # fmt: skip
+    lines = ["| run | how many | seed | findings |", "|---|---|---|---|"]
+    for name, (what, count) in told.items():
+        if name in runs:
+            r = runs[name]
+            lines.append(f"| {what} | {r[count]:,} | {r['seed']} | {r['number_of_findings']} |")
     return "\n".join(lines)
 
 
@@ -158,6 +171,7 @@ def tables() -> dict[str, str]:
         "kernel": kernel(json.loads((RESULTS / "kernel.json").read_text())),
         "speculative": speculative(json.loads((RESULTS / "speculative.json").read_text())),
         "memory": memory(held),
+        "hardening": hardening({f.stem: json.loads(f.read_text()) for f in RESULTS.glob("*.json") if f.stem in HARDENING}),
     }
 
 

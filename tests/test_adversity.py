@@ -258,7 +258,7 @@ def test_the_first_codec_is_made_once_for_two_threads(monkeypatch):
         threading.Event().wait(0.2)
         return random_codec(2, name=fingerprint(model))
 
-    monkeypatch.setattr(hooks, "codec_for", codec_for)
+    monkeypatch.setattr(attachment, "codec_for", codec_for)
     mx.eval(model.parameters())
     with vq_kvcache.install():
         vq_kvcache.attach(model, tokenizer)
