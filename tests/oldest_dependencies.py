@@ -10,7 +10,7 @@ import sys
 import tomllib
 
 TESTS = (
-    "test_public_names", "test_hooks", "test_cli", "test_saved_caches", "test_storage", "test_codec", "test_inspection",
+    "test_public_names", "test_hooks", "test_saved_caches", "test_storage", "test_codec", "test_inspection",
     "test_rotation_files",
 )  # fmt: skip
 
