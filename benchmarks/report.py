@@ -119,6 +119,31 @@ def speculative(result: dict[str, Any]) -> str:
     )
 
 
+def hardening(fuzz: dict[str, Any], operations: dict[str, Any], kills: dict[str, Any]) -> str:
+    """What was tried to break, how often, and what is left."""
+    rows = [
+        (
+            f"{fuzz['cases']:,} damaged files",
+            f"{fuzz['crashes']} crashes, {fuzz['hangs']} hangs, at most {fuzz['largest_growth_bytes'] / 2**20:.0f} MB "
+            "more memory for one",
+            fuzz,
+        ),
+        (
+            f"{operations['sequences']:,} random sequences of cache operations",
+            f"{operations['operations']:,} operations, each compared with mlx-lm's class",
+            operations,
+        ),
+        (
+            f"{kills['kills']:,} writers killed",
+            f"{kills['kills_that_left_a_temporary']:,} of them half-way through a file",
+            kills,
+        ),
+    ]
+    lines = ["| tried | seen | seed | findings left |", "|---|---|---|---|"]
+    lines += [f"| {tried} | {seen} | {r['seed']} | {r['number_of_findings']} |" for tried, seen, r in rows]
+    return "\n".join(lines)
+
+
 def break_even(rows: dict[str, Any], full: dict[str, int], contexts: list[str], codec: int) -> int:
     """The context at which cache and codec are as large as KVCache, on the line through the two longest contexts."""
     a, b = (int(n) for n in contexts[-2:])
@@ -141,7 +166,9 @@ def tables() -> dict[str, str]:
     """Marker -> table."""
     quality = _results("quality-*.json")
     decode = [r for r in quality if r["mode"] == "decode"]
+    broken = [json.loads((RESULTS / f"{n}.json").read_text()) for n in ("fuzz", "random-operations", "kill")]
     return {
+        "hardening": hardening(*broken),
         "quality": "\n\n".join(
             [quality_tables.by_domain(r) for r in _shortest(decode)]
             + [f(quality) for f in (quality_tables.summary, quality_tables.targets)]
