@@ -14,7 +14,6 @@ import quality_tables
 HERE = pathlib.Path(__file__).resolve().parent
 README = HERE.parent / "README.md"
 RESULTS = HERE / "results"
-HARDENING = ("fuzz", "random-operations", "kill")
 
 
 def memory(result: dict[str, Any]) -> str:
@@ -58,18 +57,6 @@ def kernel(result: dict[str, Any]) -> str:
             f"{row['attend_us']:.0f} | {row['share_of_copy_rate']:.1%} |"
         )
     lines += ["", f"First use compiles the kernels: {result['first_use_s']:.0f} s."]
-    return "\n".join(lines)
-
-
-def hardening(runs: dict[str, dict[str, Any]]) -> str:
-    """What was thrown at it, how often, and what came of it."""
-    told = {"fuzz": ("damaged files read", "cases"), "random-operations": ("sequences of cache operations", "sequences"),
-            "kill": ("writers killed", "kills")}  # fmt: skip
-    lines = ["| run | how many | seed | findings |", "|---|---|---|---|"]
-    for name, (what, count) in told.items():
-        if name in runs:
-            r = runs[name]
-            lines.append(f"| {what} | {r[count]:,} | {r['seed']} | {r['number_of_findings']} |")
     return "\n".join(lines)
 
 
@@ -132,6 +119,31 @@ def speculative(result: dict[str, Any]) -> str:
     )
 
 
+def hardening(fuzz: dict[str, Any], operations: dict[str, Any], kills: dict[str, Any]) -> str:
+    """What was tried to break, how often, and what is left."""
+    rows = [
+        (
+            f"{fuzz['cases']:,} damaged files",
+            f"{fuzz['crashes']} crashes, {fuzz['hangs']} hangs, at most {fuzz['largest_growth_bytes'] / 2**20:.0f} MB "
+            "more memory for one",
+            fuzz,
+        ),
+        (
+            f"{operations['sequences']:,} random sequences of cache operations",
+            f"{operations['operations']:,} operations, each compared with mlx-lm's class",
+            operations,
+        ),
+        (
+            f"{kills['kills']:,} writers killed",
+            f"{kills['kills_that_left_a_temporary']:,} of them half-way through a file",
+            kills,
+        ),
+    ]
+    lines = ["| tried | seen | seed | findings left |", "|---|---|---|---|"]
+    lines += [f"| {tried} | {seen} | {r['seed']} | {r['number_of_findings']} |" for tried, seen, r in rows]
+    return "\n".join(lines)
+
+
 def break_even(rows: dict[str, Any], full: dict[str, int], contexts: list[str], codec: int) -> int:
     """The context at which cache and codec are as large as KVCache, on the line through the two longest contexts."""
     a, b = (int(n) for n in contexts[-2:])
@@ -154,8 +166,10 @@ def tables() -> dict[str, str]:
     """Marker -> table."""
     quality = _results("quality-*.json")
     decode = [r for r in quality if r["mode"] == "decode"]
+    broken = [json.loads((RESULTS / f"{n}.json").read_text()) for n in ("fuzz", "random-operations", "kill")]
     held = json.loads((RESULTS / "memory.json").read_text())
     return {
+        "hardening": hardening(*broken),
         "gains": quality_tables.gains(decode, held),
         "default": quality_tables.default_budget(decode),
         "quality": "\n\n".join(
@@ -171,7 +185,6 @@ def tables() -> dict[str, str]:
         "kernel": kernel(json.loads((RESULTS / "kernel.json").read_text())),
         "speculative": speculative(json.loads((RESULTS / "speculative.json").read_text())),
         "memory": memory(held),
-        "hardening": hardening({f.stem: json.loads(f.read_text()) for f in RESULTS.glob("*.json") if f.stem in HARDENING}),
     }
 
 

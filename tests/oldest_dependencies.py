@@ -9,10 +9,7 @@ import re
 import sys
 import tomllib
 
-TESTS = (
-    "test_public_names", "test_hooks", "test_saved_caches", "test_storage", "test_codec", "test_inspection",
-    "test_rotation_files",
-)  # fmt: skip
+TESTS = ("test_public_names", "test_attach", "test_saved_caches", "test_storage", "test_rotation_files")
 
 
 def oldest():

@@ -68,6 +68,19 @@ def test_a_description_that_json_cannot_hold_is_refused(tmp_path, change):
         Codec.load(described(tmp_path / "deep.safetensors", change))
 
 
+@pytest.mark.parametrize("version", ["\n\x1b[31m", "x" * 5000, [1, [2]]])
+def test_a_version_is_quoted_in_one_line(tmp_path, version):
+    with pytest.raises(CodecError, match=r"codec version .{,40}, expected 2; calibrate again\.$"):
+        Codec.load(described(tmp_path / "a.safetensors", lambda d: json.dumps({**d, "version": version})))
+
+
+def test_a_patch_is_quoted_in_few_words(tmp_path):
+    patch = b"diff --git a/mlx_lm/a b/mlx_lm/a\n--- a/mlx_lm/a\n+++ b/mlx_lm/a\n@@ -1 +1 @@\n-a\n+b\n" + b"\xc1" * 3000
+    (tmp_path / "patch").write_bytes(patch)
+    with pytest.raises(patching.PatchError, match=r"expected a hunk header instead of .{,180}\); reinstall vq_kvcache"):
+        patching._parse(tmp_path / "patch")
+
+
 @pytest.mark.parametrize("length", ["many", -1, 1e300, None])
 def test_a_codec_of_a_length_that_is_no_number_is_refused(tmp_path, length):
     path = described(
@@ -311,6 +324,14 @@ def test_a_batch_that_asks_for_more_than_the_file_holds_is_refused(packed, field
     assert BatchSpectralKVCache.from_state(batch.state).size() == 200
     with pytest.raises(ValueError, match=r"; .*\.$"):
         BatchSpectralKVCache.from_state(described_state(batch, **fields))
+
+
+def test_padding_that_no_array_holds_is_refused(packed):
+    caches = [packed(), packed()]
+    caches[0].update_and_fetch(*pair(200))
+    batch = BatchSpectralKVCache.merge(caches)
+    with pytest.raises(ValueError, match=r"padding or columns that cannot be\); expected one of this version"):
+        BatchSpectralKVCache.from_state(described_state(batch, left_padding=[0, 2**40]))
 
 
 @pytest.mark.parametrize("change", [

@@ -302,7 +302,7 @@ class BatchSpectralKVCache(Planned, BatchKVCache):  # type: ignore[misc]  # mlx-
         names = ("held_sinks", "window_start", "packed_tokens", "chunks")
         self._left_padding = tuple(int(n) for n in fields["left_padding"])
         self._columns = int(fields["columns"])
-        if min(self._left_padding, default=-1) < 0 or not 0 <= self._columns < 1 << 31:
+        if not all(0 <= n < 1 << 31 for n in (*self._left_padding, self._columns)) or not self._left_padding:
             raise ValueError("padding or columns that cannot be")
         self._right_padding = self._ahead = None
         if "chunks" not in fields:

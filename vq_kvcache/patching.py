@@ -352,7 +352,7 @@ def _parse_hunk(lines: deque[bytes]) -> _Hunk:
     header = lines.popleft()
     match = _HUNK.match(header)
     if match is None:
-        raise ValueError(f"expected a hunk header instead of {header!r}")
+        raise ValueError(f"expected a hunk header instead of {header[:40]!r}")
     old_line, old_count, new_line, new_count = (1 if group is None else int(group) for group in match.groups())
     old: list[bytes] = []
     new: list[bytes] = []

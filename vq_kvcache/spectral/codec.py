@@ -282,9 +282,8 @@ class Codec:
             description = _description(content)
             arrays = load_safetensors(content)
             if description.get("version") != VERSION:
-                raise CodecError(
-                    f"codec version {description.get('version')!s:.40}, expected {VERSION}; calibrate again."
-                )
+                found = " ".join(f"{description.get('version')!s:.40}".split())
+                raise CodecError(f"codec version {found}, expected {VERSION}; calibrate again.")
             name, provenance = description["fingerprint"], dict(description["provenance"])
             if not isinstance(name, str) or not _FINGERPRINT.fullmatch(name):
                 raise CodecError(
