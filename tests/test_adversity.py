@@ -25,7 +25,7 @@ from conftest import (
 )
 
 import vq_kvcache
-from vq_kvcache import SpectralKVCache, hooks
+from vq_kvcache import SpectralKVCache, attachment
 from vq_kvcache.batch_cache import BatchSpectralKVCache
 from vq_kvcache.spectral import calibrate, intercept
 from vq_kvcache.spectral.codec import Codec, fingerprint, stored_path
