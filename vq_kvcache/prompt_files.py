@@ -73,11 +73,16 @@ def _place(part: str) -> int:
 
 def _check_parts(tree: Any, arrays: dict[str, mx.array]) -> None:
     """ValueError unless the metadata are the user's, the classes, and what is no array, of the arrays there are."""
-    if not isinstance(tree, list) or len(tree) != 3 or not all(isinstance(part, list) for part in tree[1:]):
-        raise ValueError("metadata of another kind")
-    _, classes, scalars = tree
     from mlx_lm.models import cache as mlx_lm_cache
 
+    if not isinstance(tree, list) or len(tree) != 3:
+        raise ValueError("metadata of another kind")
+    _, classes, scalars = tree
+    if hasattr(mlx_lm_cache.KVCache, "meta_state"):  # mlx-lm < 0.32: each cache's, the user's, the classes
+        infos, _, classes = tree
+        scalars = infos[:0] if isinstance(infos, list) else None
+    if not isinstance(classes, list) or not isinstance(scalars, list):
+        raise ValueError("metadata of another kind")
     known = [isinstance(c, str) and hasattr(getattr(mlx_lm_cache, c, None), "from_state") for c in classes]
     if not all(known):
         raise ValueError(f"the classes {classes!r:.100}")
