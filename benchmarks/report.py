@@ -124,8 +124,8 @@ def hardening(fuzz: dict[str, Any], operations: dict[str, Any], kills: dict[str,
     rows = [
         (
             f"{fuzz['cases']:,} damaged files",
-            f"{fuzz['crashes']} crashes, {fuzz['hangs']} hangs, at most {fuzz['largest_growth_bytes'] / 2**20:.0f} MB "
-            "more memory for one",
+            f"{fuzz['crashes']} crashes, {fuzz['hangs']} hangs, a peak of memory raised by "
+            f"{fuzz['largest_growth_bytes'] / 2**20:.0f} MB at most",
             fuzz,
         ),
         (
