@@ -140,6 +140,20 @@ class TestTrust:
         assert mx.array_equal(words, quantizer.encode_words(x)).item()
 
 
+@pytest.mark.parametrize(
+    ("error", "codes", "status"), [(0.0, "", 0), (9.0, "", 1), (0.0, "encoding: error 2", 1)],
+    ids=["right", "a case is wrong", "codes are wrong"],
+)  # fmt: skip
+def test_doctor_fails_when_anything_is_wrong(error, codes, status, monkeypatch, capsys):
+    monkeypatch.setattr(kernels, "backend", lambda: "metal")
+    monkeypatch.setattr(doctor, "wrong_codes", lambda place: codes)
+    monkeypatch.setattr(doctor, "compare", lambda case, place: (error, 0.0))
+    assert doctor.main(["--only", "head_dim 192/128"]) == status
+    told = capsys.readouterr().out
+    assert f"codes: {codes or 'right'}" in told
+    assert f"{int(error == 0)} of 1 cases right" in told
+
+
 def test_doctor_says_where_it_is(capsys):
     assert doctor.main(["--only", "head_dim 64 heads 8/2 queries 2 batch 1 tokens 260"]) == 0
     told = capsys.readouterr().out

@@ -258,8 +258,8 @@ def main(argv: list[str]) -> int:
     if place == "ops":
         print("no kernels here: attention on codes runs in plain operations")
         return 0
-    told = wrong_codes(place)
-    print(f"codes: {told or 'right'}")
+    codes = wrong_codes(place)
+    print(f"codes: {codes or 'right'}")
     cases, wrong = [c for c in table(place) if only in str(c)], 0
     for case in tqdm(cases, unit="case"):
         try:
@@ -271,4 +271,4 @@ def main(argv: list[str]) -> int:
             wrong += 1
             tqdm.write(f"wrong: {case}: {told}")
     print(f"{len(cases) - wrong} of {len(cases)} cases right")
-    return int(wrong > 0 or told != "")
+    return int(wrong > 0 or codes != "")
