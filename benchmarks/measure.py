@@ -1,6 +1,5 @@
 """What several benchmarks share: the models and texts they run on, other quantizers behind our cache, and KL."""
 
-import dataclasses
 import itertools
 import json
 import math
@@ -17,6 +16,7 @@ from mlx_lm.models.cache import KVCache, QuantizedKVCache
 from vq_kvcache import Codec, SpectralKVCache
 from vq_kvcache.cache import LOSSLESS
 from vq_kvcache.hooks import own_caches
+from vq_kvcache.measuring import Scores, joined, judged, log_softmax
 from vq_kvcache.spectral.calibrate import (
     calibrate_spectral_rotation,
     codec_for,
@@ -153,15 +153,6 @@ def stock_difference(tokens: int = 64, bits: int = 4, seed: int = 0) -> float:
     return worst
 
 
-@dataclasses.dataclass
-class Scores:
-    """Of every text and scored position, float32 [texts, positions]; losses lack the last position."""
-
-    kl: np.ndarray
-    agrees: np.ndarray
-    losses: np.ndarray
-
-
 def scores(
     model: Any, makers: dict[str, Callable[[], list[Any]]], ids: mx.array, prefill: int, step: int, progress: Any
 ) -> tuple[dict[str, Scores], dict[str, int]]:
@@ -173,24 +164,16 @@ def scores(
     edges = [0, *range(prefill, ids.shape[1], step), ids.shape[1]]
     for start, end in itertools.pairwise(edges):
         chunk, following = ids[:, start:end], ids[:, start + 1 : end + 1]
-        expected = _log_softmax(model(chunk, cache=reference))
+        expected = log_softmax(model(chunk, cache=reference))
         mx.eval(expected, [c.state for c in reference])
         for name, caches in held.items():
-            found = _log_softmax(model(chunk, cache=caches))
-            kl = (mx.exp(expected) * (expected - found)).sum(axis=-1)
-            agrees = expected.argmax(axis=-1) == found.argmax(axis=-1)
-            loss = -mx.take_along_axis(found[:, : following.shape[1]], following[..., None], axis=-1)[..., 0]
-            mx.eval(kl, agrees, loss, [c.state for c in caches])
+            score = judged(expected, log_softmax(model(chunk, cache=caches)), following)
+            mx.eval(score, [c.state for c in caches])
             if start:
-                rows[name].append([np.array(a) for a in (kl, agrees, loss)])
+                rows[name].append([np.array(a) for a in score])
         progress.update(end - start)
     sizes = {name: sum(c.nbytes for c in caches) // len(ids) for name, caches in held.items()}
-    return {n: Scores(*(np.concatenate(part, axis=1) for part in zip(*r, strict=True))) for n, r in rows.items()}, sizes
-
-
-def _log_softmax(logits: mx.array) -> mx.array:
-    logits = logits.astype(mx.float32)
-    return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+    return {name: joined(parts) for name, parts in rows.items()}, sizes
 
 
 def log_probabilities(model: Any, caches: list[Any], ids: list[int], prefill: int) -> np.ndarray:
@@ -198,8 +181,7 @@ def log_probabilities(model: Any, caches: list[Any], ids: list[int], prefill: in
     mx.eval(model(mx.array(ids[:prefill])[None], cache=caches))
     rows = []
     for start in range(prefill, len(ids), STEP):
-        logits = model(mx.array(ids[start : start + STEP])[None], cache=caches)[0].astype(mx.float32)
-        rows.append(logits - mx.logsumexp(logits, axis=-1, keepdims=True))
+        rows.append(log_softmax(model(mx.array(ids[start : start + STEP])[None], cache=caches)[0]))
         mx.eval(rows[-1], [c.state for c in caches])
     return np.array(mx.concatenate(rows))
 

@@ -150,19 +150,29 @@ def scores(
         chunk, following = ids[:, start:end], ids[:, start + 1 : end + 1]
         expected = None
         for method in compared:
-            found = _log_softmax(method.forward(model, chunk, held[method.name]))
+            found = log_softmax(method.forward(model, chunk, held[method.name]))
             expected = found if expected is None else expected
             if start:
-                kl = (mx.exp(expected) * (expected - found)).sum(axis=-1)
-                agrees = expected.argmax(axis=-1) == found.argmax(axis=-1)
-                loss = -mx.take_along_axis(found[:, : following.shape[1]], following[..., None], axis=-1)[..., 0]
-                rows[method.name].append([np.array(a) for a in (kl, agrees, loss)])
+                rows[method.name].append([np.array(a) for a in judged(expected, found, following)])
             progress(end - start)
-    found_scores = {n: Scores(*(np.concatenate(p, axis=1) for p in zip(*r, strict=True))) for n, r in rows.items()}
-    return found_scores, held
+    return {name: joined(parts) for name, parts in rows.items()}, held
 
 
-def _log_softmax(logits: mx.array) -> mx.array:
+def judged(expected: mx.array, found: mx.array, following: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+    """What `Scores` holds, of log-probabilities [B, L, V] and the tokens that follow: [B, L], at the end one fewer."""
+    kl = (mx.exp(expected) * (expected - found)).sum(axis=-1)
+    agrees = expected.argmax(axis=-1) == found.argmax(axis=-1)
+    loss = -mx.take_along_axis(found[:, : following.shape[1]], following[..., None], axis=-1)[..., 0]
+    return kl, agrees, loss
+
+
+def joined(parts: Sequence[Sequence[Any]]) -> Scores:
+    """The scores of one piece of the texts after another."""
+    return Scores(*(np.concatenate(part, axis=1) for part in zip(*parts, strict=True)))
+
+
+def log_softmax(logits: mx.array) -> mx.array:
+    """Log-probabilities, float32, of logits [..., V]."""
     logits = logits.astype(mx.float32)
     result: mx.array = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
     return result
