@@ -7,7 +7,6 @@ must not be taken for anything, nor stay in folders that are swept. A finding pr
 as nearly as clocks allow: `--seed S --case N`. Exit status 1 when there is any.
 """
 
-import argparse
 import collections
 import json
 import os
@@ -21,7 +20,7 @@ import time
 import numpy as np
 from conftest import random_codec
 from fuzz_targets import NAME, PATCH, Unfinished, random_rotation
-from tqdm import tqdm
+from many_cases import Cases
 
 from vq_kvcache import library, patching
 from vq_kvcache.spectral.codec import Codec, stored_path
@@ -190,37 +189,14 @@ def run_case(seed, index):
 
 def main():
     """Run the cases; returns the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", type=int, help="how many kills (default: until --seconds are over)")
-    parser.add_argument("--seconds", type=float, help="stop after so many (default: 60, unless --cases are given)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--case", type=int, help="only this one")
-    parser.add_argument("--out", type=pathlib.Path)
-    arguments = parser.parse_args()
-    first, cases = (arguments.case, 1) if arguments.case is not None else (0, arguments.cases)
-    seconds = arguments.seconds or (60.0 if cases is None else float("inf"))
-    began, kills, findings, left, done = time.monotonic(), collections.Counter(), [], 0, 0
-    with tqdm(total=cases, unit="kill") as progress:
-        while (cases is None or done < cases) and time.monotonic() - began < seconds:
-            kind, found, temporaries, wrong = run_case(arguments.seed, first + done)
-            kills[f"{kind}, {'absent' if found is None else 'whole'}"] += 1
-            left += bool(temporaries)
-            if wrong:
-                findings.append({"case": first + done, "what": wrong})
-                tqdm.write(f"FINDING --seed {arguments.seed} --case {first + done}: {wrong}")
-            done += 1
-            progress.update()
-    report = {
-        "seed": arguments.seed, "kills": done, "by_file": dict(sorted(kills.items())),
-        "kills_that_left_a_temporary": left, "seconds": round(time.monotonic() - began, 1),
-        "findings": findings[:200], "number_of_findings": len(findings),
-    }  # fmt: skip
-    text = json.dumps(report, indent=1)
-    if arguments.out is not None:
-        arguments.out.write_text(text + "\n")
-    print(text)
-    print(f"{done:,} kills, seed {arguments.seed}: {len(findings)} findings.")
-    return int(bool(findings))
+    cases, kills, left = Cases(__doc__, "kill"), collections.Counter(), 0
+    for case in cases:
+        kind, found, temporaries, wrong = run_case(cases.seed, case)
+        kills[f"{kind}, {'absent' if found is None else 'whole'}"] += 1
+        left += bool(temporaries)
+        if wrong:
+            cases.found(case, wrong)
+    return cases.finish(by_file=dict(sorted(kills.items())), kills_that_left_a_temporary=left)
 
 
 if __name__ == "__main__":

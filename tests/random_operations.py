@@ -6,22 +6,19 @@ and numbers. Half are of one sequence (append, trim, copy, save and load, state,
 that repeats it: `--seed S --case N`. Exit status 1 when there is any.
 """
 
-import argparse
 import collections
 import copy
-import json
 import pathlib
 import random
 import sys
 import tempfile
-import time
 
 import mlx.core as mx
 import numpy as np
+from many_cases import Cases
 from mlx_lm.models import cache as mlx_lm_cache
 from mlx_lm.models.cache import KVCache
 from test_contract_batch import DIMS, HEADS, Twins, tokens_of
-from tqdm import tqdm
 
 import vq_kvcache
 from vq_kvcache.cache import LOSSLESS, SpectralKVCache
@@ -181,38 +178,15 @@ def run_case(seed, index, folder):
 
 def main():
     """Run the cases; returns the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", type=int, help="how many sequences (default: until --seconds are over)")
-    parser.add_argument("--seconds", type=float, help="stop after so many (default: 60, unless --cases are given)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--case", type=int, help="only this one")
-    parser.add_argument("--out", type=pathlib.Path)
-    arguments = parser.parse_args()
-    first, cases = (arguments.case, 1) if arguments.case is not None else (0, arguments.cases)
-    seconds = arguments.seconds or (60.0 if cases is None else float("inf"))
-    began, operations, findings, done = time.monotonic(), collections.Counter(), [], 0
-    with tempfile.TemporaryDirectory() as name, vq_kvcache.install(), tqdm(total=cases, unit="sequence") as progress:
-        while (cases is None or done < cases) and time.monotonic() - began < seconds:
-            did, wrong = run_case(arguments.seed, first + done, pathlib.Path(name))
+    cases, operations = Cases(__doc__, "sequence"), collections.Counter()
+    with tempfile.TemporaryDirectory() as name, vq_kvcache.install():
+        for case in cases:
+            did, wrong = run_case(cases.seed, case, pathlib.Path(name))
             operations.update(step.split(" ")[0] for step in did)
             if wrong:
-                findings.append({"case": first + done, "what": wrong})
-                tqdm.write(f"FINDING --seed {arguments.seed} --case {first + done}: {wrong}")
-            done += 1
-            progress.update()
-    report = {
-        "seed": arguments.seed, "sequences": done, "operations": sum(operations.values()),
-        "by_operation": dict(sorted(operations.items())), "seconds": round(time.monotonic() - began, 1),
-        "heads": HEADS, "dims": DIMS, "findings": findings[:200], "number_of_findings": len(findings),
-    }  # fmt: skip
-    text = json.dumps(report, indent=1)
-    if arguments.out is not None:
-        arguments.out.write_text(text + "\n")
-    print(text)
-    print(
-        f"{done:,} sequences of {report['operations']:,} operations, seed {arguments.seed}: {len(findings)} findings."
-    )
-    return int(bool(findings))
+                cases.found(case, wrong)
+    by_operation = dict(sorted(operations.items()))
+    return cases.finish(operations=operations.total(), by_operation=by_operation, heads=HEADS, dims=DIMS)
 
 
 if __name__ == "__main__":
