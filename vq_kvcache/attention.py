@@ -72,7 +72,7 @@ def attend_codes(
     run: Run = kernels.run,
 ) -> mx.array:
     """`attend` by the kernels, for at most launches.MOST_QUERIES tokens; `run` launches one at `place`."""
-    launch, rest = launches.attend(snapshot, queries, scale, mask, sinks, place)
+    launch, rest = launches.attend(snapshot, queries, scale, mask, sinks, place, run)
     return run(launches.merge(run(launch, place), rest), place)[0]
 
 

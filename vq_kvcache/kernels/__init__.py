@@ -20,7 +20,8 @@ from ..chunks import MAX_CHUNKS
 Backend = Literal["metal", "cuda", "ops"]
 VARIABLE = "VQ_KVCACHE_BACKEND"
 FOLDER = pathlib.Path(__file__).resolve().parent
-TEXTS = ("helpers.h", "products.h", "attend.h", "merge.h", "encode.h", "decode.h")
+TEXTS = ("helpers.h", "products.h", "attend.h", "lookup.h", "columns.h", "merge.h", "encode.h", "decode.h")
+NOT_METAL = ("products.h", "lookup.h", "columns.h")  # it has products of its own, and no byte permutation
 LEAST_INPUT = 8  # elements: Metal keeps smaller inputs in another address space
 
 # Where a thread group is, as every call of a body wants it; {floats} of shared memory, in fours.
@@ -58,6 +59,21 @@ ATTEND = Body(
     "vq_attend<T, DK, DV, KROWS, VROWS, WARPS, STAGE>(q, keys, values, VQ_CHUNK_NAMES, rows, fold, mean, table, "
     "levels, params, scale, hidden, added, sums, outputs, vq_shared, vq_x, vq_y, vq_z, vq_thread);\n",
 )  # fmt: skip
+FOLD = Body(
+    "fold",
+    ("q", "fold", "mean", "table", "params", "scale"),
+    ("folded", "mean_score"),
+    "(void)vq_shared;\nvq_fold_columns<T, DK, MC>(q, fold, mean, table, params, scale, folded, mean_score, vq_x, vq_y, "
+    "vq_z, TILES, vq_thread, THREADS);\n",
+)
+COLUMNS = Body(
+    "columns",
+    ("q", "keys", "values", *CHUNK_NAMES, "rows", "folded", "mean_score", "table", "lookup", "params", "scale", "hidden",
+     "added"),
+    ("sums", "outputs"),
+    "vq_attend_columns<T, DK, DV, MC, WARPS, ROWS, STAGE>(q, keys, values, VQ_CHUNK_NAMES, rows, folded, mean_score, "
+    "table, lookup, params, scale, hidden, added, sums, outputs, vq_shared, vq_x, vq_y, vq_z, vq_thread);\n",
+)  # fmt: skip
 MERGE = Body(
     "merge",
     ("sums", "outputs", "unfold", "mean", "sink_logits", "table", "params"),
@@ -94,8 +110,8 @@ class Launch:
 
 
 def header(place: str) -> str:
-    """The kernel text for a compiler, without any kernel; metal.h has products of its own."""
-    return text(f"{place}.h", *(name for name in TEXTS if place != "metal" or name != "products.h"))
+    """The kernel text for a compiler, without any kernel."""
+    return text(f"{place}.h", *(name for name in TEXTS if place != "metal" or name not in NOT_METAL))
 
 
 @functools.cache

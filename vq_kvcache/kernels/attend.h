@@ -18,7 +18,7 @@ enum { VQ_NO_MASK, VQ_CAUSAL, VQ_BOOL_MASK, VQ_ADDED_MASK };
 
 // What a thread knows of its place.
 struct VqPlace {
-  int split, head, batch, row_tile, warp, lane;
+  int split, head, batch, first, rows, warp, lane;  // first: query of this KV head; rows: how many of them are here
 };
 
 struct VqRows {
@@ -56,24 +56,25 @@ VQ_FN float vq_query(VQ_IN(T) q, VQ_IN(int) params, VQ_THREAD const VqPlace& at,
   return vq_float(q[((at.batch * heads + head) * queries + row % queries) * DK + d]);
 }
 
-// Where the outputs of this split begin; `rows` queries follow one another.
+// Where the outputs of this split begin; the queries of this group follow one another.
 VQ_FN int vq_partial(VQ_IN(int) params, VQ_THREAD const VqPlace& at) {
   const int splits = params[VQ_EXACT_SPLITS] + params[VQ_PACKED_SPLITS];
-  return ((at.batch * params[VQ_H] + at.head) * splits + at.split) * params[VQ_G] * params[VQ_L] + at.row_tile * 16;
+  return ((at.batch * params[VQ_H] + at.head) * splits + at.split) * params[VQ_G] * params[VQ_L] + at.first;
 }
 
-// Sinks and window: 64 exact tokens, in float32. shared: [16, DK] queries, [16, 64] scores.
-template <typename T, int DK, int DV>
-VQ_FN void vq_attend_exact(VQ_IN(T) q, VQ_IN(T) keys, VQ_IN(T) values, VqRows held, VQ_IN(int) params, float scale,
+// Sinks and window: 64 exact tokens, in float32. shared: [QUERIES, DK] queries, [QUERIES, 64] scores. width: floats of an
+// output.
+template <typename T, int DK, int DV, int QUERIES>
+VQ_FN void vq_attend_exact(VQ_IN(T) q, VQ_IN(T) keys, VQ_IN(T) values, VqRows held, VQ_IN(int) params, int width, float scale,
                            VQ_IN(unsigned char) hidden, VQ_IN(float) added, VQ_OUT(float) sums, VQ_OUT(float) outputs,
                            VQ_SHARED(float) shared, VQ_THREAD const VqPlace& at, int threads) {
-  const int queries = params[VQ_G] * params[VQ_L], rows = queries - at.row_tile * 16 < 16 ? queries - at.row_tile * 16 : 16;
+  const int rows = at.rows;
   const int worker = at.warp * 32 + at.lane, capacity = params[VQ_EXACT_CAPACITY];
   const int exact = held.sinks + held.end - held.start, first = at.split * VQ_TOKENS;
   const int count = exact - first < VQ_TOKENS ? exact - first : VQ_TOKENS;
-  VQ_SHARED(float) scores = shared + 16 * DK;
+  VQ_SHARED(float) scores = shared + QUERIES * DK;
   for (int i = worker; i < rows * DK; i += threads)
-    shared[i] = vq_query<T, DK>(q, params, at, at.row_tile * 16 + i / DK, i % DK) * scale;
+    shared[i] = vq_query<T, DK>(q, params, at, at.first + i / DK, i % DK) * scale;
   VQ_SYNC_GROUP();
   const int plane = (at.batch * params[VQ_H] + at.head) * capacity;
   for (int i = worker; i < rows * VQ_TOKENS; i += threads) scores[i] = VQ_LOWEST;
@@ -95,7 +96,7 @@ VQ_FN void vq_attend_exact(VQ_IN(T) q, VQ_IN(T) keys, VQ_IN(T) values, VqRows he
       for (uint bit = 16; bit; bit /= 2) score += vq_shuffle_xor(score, bit);
       if (at.lane == 0)
         scores[row * VQ_TOKENS + t] =
-            vq_masked(score, params, hidden, added, at, at.row_tile * 16 + row, position, held.packed + exact);
+            vq_masked(score, params, hidden, added, at, at.first + row, position, held.packed + exact);
     }
   }
   VQ_SYNC_GROUP();
@@ -113,19 +114,19 @@ VQ_FN void vq_attend_exact(VQ_IN(T) q, VQ_IN(T) keys, VQ_IN(T) values, VqRows he
   }
   VQ_SYNC_GROUP();
   for (int d = worker; d < DV; d += threads) {
-    float out[16];
+    float out[QUERIES];
     VQ_UNROLL
-    for (int r = 0; r < 16; ++r) out[r] = 0.0f;
+    for (int r = 0; r < QUERIES; ++r) out[r] = 0.0f;
     VQ_UNROLL_BY(8)
     for (int t = 0; t < count; ++t) {
       const int e = first + t, column = e < held.sinks ? e : held.start + e - held.sinks;
       const float value = vq_float(values[(plane + column) * DV + d]);
       VQ_UNROLL
-      for (int r = 0; r < 16; ++r) out[r] = vq_fma(scores[r * VQ_TOKENS + t], value, out[r]);
+      for (int r = 0; r < QUERIES; ++r) out[r] = vq_fma(scores[r * VQ_TOKENS + t], value, out[r]);
     }
     VQ_UNROLL
-    for (int r = 0; r < 16; ++r)
-      if (r < rows) outputs[(base + r) * DV + d] = out[r];
+    for (int r = 0; r < QUERIES; ++r)
+      if (r < rows) outputs[(base + r) * width + d] = out[r];
   }
 }
 
@@ -135,10 +136,10 @@ template <typename T, typename E, int DK>
 VQ_FN void vq_fold(VQ_IN(T) q, VQ_IN(float) fold, VQ_IN(float) mean, VQ_IN(int) params, float scale, int stored,
                    int fold_rows, VQ_SHARED(float) plain, VQ_SHARED(E) folded, VQ_SHARED(float) mean_score,
                    VQ_THREAD const VqPlace& at, int threads) {
-  const int left = params[VQ_G] * params[VQ_L] - at.row_tile * 16, rows = left < 16 ? left : 16;
+  const int rows = at.rows;
   const int worker = at.warp * 32 + at.lane;
   for (int i = worker; i < 16 * DK; i += threads)
-    plain[i] = i / DK < rows ? vq_query<T, DK>(q, params, at, at.row_tile * 16 + i / DK, i % DK) * scale : 0.0f;
+    plain[i] = i / DK < rows ? vq_query<T, DK>(q, params, at, at.first + i / DK, i % DK) * scale : 0.0f;
   VQ_SYNC_GROUP();
   VQ_LOOP
   for (int first = 0; first < 16; first += 4) {
@@ -224,7 +225,7 @@ VQ_FN void vq_hide(VQ_THREAD float (&s)[8][4], VQ_THREAD const VqTile& t, VqRows
   for (int n = 0; n < 8; ++n) {
     VQ_UNROLL
     for (int e = 0; e < 4; ++e) {
-      const int column = n * 8 + VQ_COL(at.lane) + e % 2, row = at.row_tile * 16 + VQ_ROW(at.lane) + e / 2 * 8;
+      const int column = n * 8 + VQ_COL(at.lane) + e % 2, row = at.first + VQ_ROW(at.lane) + e / 2 * 8;
       if (column >= t.valid) {
         s[n][e] = VQ_LOWEST;
       } else if (masked && row < queries) {
@@ -256,7 +257,7 @@ VQ_FN void vq_gather(VQ_THREAD VqRunning<DV>& running, VQ_SHARED(float) mean_sco
   }
   VQ_SYNC_GROUP();
   const int base = vq_partial(params, at);
-  const int left = params[VQ_G] * params[VQ_L] - at.row_tile * 16, rows = left < 16 ? left : 16;
+  const int rows = at.rows;
   for (int i = at.warp * 32 + at.lane; i < rows * DV; i += warps * 32) {
     const int row = i / DV;
     float top = VQ_LOWEST, sum = 0.0f, out = 0.0f;
@@ -331,19 +332,19 @@ VQ_FN void vq_attend_packed(VQ_IN(T) q, VQ_CHUNK_ARGUMENTS, VqRows held, VQ_IN(f
   if (last_tile > params[VQ_TILES]) last_tile = params[VQ_TILES];
   VqTile t, next;
   int i = first_tile + at.warp;
-  if (i < last_tile) t = vq_find_tile(chunks, count, VQ_CHUNK_NAMES, i, held.packed, total_words, at.batch);
+  if (i < last_tile) t = vq_find_tile<VQ_TOKENS>(chunks, count, VQ_CHUNK_NAMES, i, held.packed, total_words, at.batch);
 #if VQ_STAGED
   VQ_SHARED(uint) staged = (VQ_SHARED(uint))own;
   if (i < last_tile) {
     for (int part = 0; part < 2; ++part)
-      vq_stage(staged + part * words[0] * VQ_TOKENS, t.words + (size_t)first_word[part] * t.capacity, t.capacity,
+      vq_stage<VQ_TOKENS>(staged + part * words[0] * VQ_TOKENS, t.words + (size_t)first_word[part] * t.capacity, t.capacity,
                t.capacity - t.token, words[part], at.lane);
   }
 #endif
   VQ_LOOP
   for (; i < last_tile; i += WARPS, t = next) {
     const bool more = i + WARPS < last_tile;
-    if (more) next = vq_find_tile(chunks, count, VQ_CHUNK_NAMES, i + WARPS, held.packed, total_words, at.batch);
+    if (more) next = vq_find_tile<VQ_TOKENS>(chunks, count, VQ_CHUNK_NAMES, i + WARPS, held.packed, total_words, at.batch);
     float s[8][4];
     VQ_UNROLL
     for (int n = 0; n < 8; ++n) s[n][0] = s[n][1] = s[n][2] = s[n][3] = 0.0f;
@@ -372,7 +373,7 @@ VQ_FN void vq_attend_packed(VQ_IN(T) q, VQ_CHUNK_ARGUMENTS, VqRows held, VQ_IN(f
         // The staged words of this part are used up: fetch those of the next tile while the products run.
         if (pass == passes - 1) {
           if (more)
-            vq_stage(staged + (part ? words[0] * VQ_TOKENS : 0),
+            vq_stage<VQ_TOKENS>(staged + (part ? words[0] * VQ_TOKENS : 0),
                      next.words + (size_t)first_word[part] * next.capacity, next.capacity,
                      next.capacity - next.token, words[part], at.lane);
           else
@@ -411,11 +412,12 @@ VQ_FN void vq_attend(VQ_IN(T) q, VQ_IN(T) keys, VQ_IN(T) values, VQ_CHUNK_ARGUME
                      VQ_IN(float) scale, VQ_IN(unsigned char) hidden, VQ_IN(float) added, VQ_OUT(float) sums,
                      VQ_OUT(float) outputs, VQ_SHARED(float) shared, int x, int y, int z, int worker) {
   const int heads = params[VQ_H];
-  const VqPlace at = {x, y % heads, y / heads, z, worker / 32, worker % 32};
+  const int left = params[VQ_G] * params[VQ_L] - z * 16;
+  const VqPlace at = {x, y % heads, y / heads, z * 16, left < 16 ? left : 16, worker / 32, worker % 32};
   const VqRows held = vq_rows(rows, at.batch);
   if (x < params[VQ_EXACT_SPLITS]) {
-    vq_attend_exact<T, DK, DV>(q, keys, values, held, params, scale[0], hidden, added, sums, outputs, shared, at,
-                               WARPS * 32);
+    vq_attend_exact<T, DK, DV, 16>(q, keys, values, held, params, DV, scale[0], hidden, added, sums, outputs, shared,
+                                   at, WARPS * 32);
   } else {
     vq_attend_packed<T, typename VqElement<T>::type, DK, DV, KROWS, VROWS, WARPS, STAGE>(
         q, VQ_CHUNK_NAMES, held, fold, mean, table, levels, params, scale[0], hidden, added, sums, outputs, shared, at);

@@ -44,12 +44,18 @@ VQ_FN float vq_shuffle_xor(float x, uint bit) { return __shfl_xor_sync(0xfffffff
 VQ_FN float vq_low(vq_half2 x) { return __low2float(x); }
 VQ_FN float vq_high(vq_half2 x) { return __high2float(x); }
 VQ_FN vq_half2 vq_as_half2(uint x) { return *reinterpret_cast<vq_half2*>(&x); }
+VQ_FN uint vq_bits(vq_half2 x) { return *reinterpret_cast<uint*>(&x); }
 VQ_FN vq_half2 vq_splat(float x) { return __float2half2_rn(x); }
 VQ_FN vq_half2 vq_pack(float a, float b) { return __floats2half2_rn(a, b); }
 VQ_FN vq_half2 vq_fma(vq_half2 a, vq_half2 b, vq_half2 c) { return __hfma2(a, b, c); }
 VQ_FN vq_half2 vq_mul(vq_half2 a, vq_half2 b) { return __hmul2(a, b); }
 VQ_FN vq_half2 vq_sub(vq_half2 a, vq_half2 b) { return __hsub2(a, b); }
 
+// Four bytes of the eight of a and b, by the low four nibbles of `which`.
+VQ_FN uint vq_permute(uint a, uint b, uint which) { return __byte_perm(a, b, which); }
+VQ_FN void vq_put8(vq_half* at, const uint (&x)[4]) { *reinterpret_cast<uint4*>(at) = make_uint4(x[0], x[1], x[2], x[3]); }
+VQ_FN void vq_put2(vq_half* at, uint x) { *reinterpret_cast<uint*>(at) = x; }
+VQ_FN bool vq_any(bool x) { return __any_sync(0xffffffffu, x); }
 // Bytes `byte` and `byte` + 1 of a, and of b above them.
 VQ_FN uint vq_pair(uint a, uint b, int byte) { return __byte_perm(a, b, 0x5410 + byte * 0x1111); }
 VQ_FN void vq_load2(const uint* from, uint& a, uint& b) {
@@ -57,15 +63,16 @@ VQ_FN void vq_load2(const uint* from, uint& a, uint& b) {
   a = x.x, b = x.y;
 }
 
-// Words of a tile, fetched ahead: `words` rows of 64 tokens; `left` tokens exist, a multiple of four. Each call is one
+// Words of a tile, fetched ahead: `words` rows of TOKENS tokens; `left` tokens exist, a multiple of four. Each call is one
 // group of copies; vq_stage_wait leaves the newest group under way.
 #define VQ_STAGED 1
+template <int TOKENS>
 VQ_FN void vq_stage(uint* to, const uint* from, int capacity, int left, int words, int lane) {
-  for (int i = lane; i < words * (VQ_TOKENS / 4); i += 32) {
-    const int word = i / (VQ_TOKENS / 4), token = i % (VQ_TOKENS / 4) * 4;
+  for (int i = lane; i < words * (TOKENS / 4); i += 32) {
+    const int word = i / (TOKENS / 4), token = i % (TOKENS / 4) * 4;
     if (token < left)
       asm volatile("cp.async.cg.shared.global [%0], [%1], 16;"
-                   :: "r"(static_cast<uint>(__cvta_generic_to_shared(to + word * VQ_TOKENS + token))),
+                   :: "r"(static_cast<uint>(__cvta_generic_to_shared(to + word * TOKENS + token))),
                       "l"(from + (size_t)word * capacity + token));
   }
   asm volatile("cp.async.commit_group;");
@@ -82,13 +89,18 @@ VQ_FN void vq_ldmatrix_turned(uint (&r)[4], const vq_half* p) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(vq_address(p)) : "memory");
 }
+// Pairs of a matrix [8, 8] -> those of its transpose; lane 4 r + c has columns 2 c and 2 c + 1 of row r.
+VQ_FN uint vq_turned(uint x) {
+  uint y;
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(x));
+  return y;
+}
 VQ_FN void vq_mma(float (&c)[4], const uint (&a)[4], uint b0, uint b1) {
   asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
                "{%0, %1, %2, %3};"
                : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
-VQ_FN uint vq_bits(vq_half2 x) { return *reinterpret_cast<uint*>(&x); }
 
 // s[16, 64] += q[16, ROWS] tile[ROWS, 64]; q row-major of stride `stride`, tile of stride VQ_STRIDE.
 template <int ROWS>

@@ -14,7 +14,7 @@ VQ_FN void vq_decode(VQ_CHUNK_ARGUMENTS, VQ_IN(int) table, VQ_IN(float) levels, 
   if (lane < 16) chunks[lane] = lane < 2 * params[VQ_DECODE_CHUNKS] ? params[VQ_DECODE_TABLE + lane] : 0;
   const VqBook book = vq_open(table, entry, levels, shared + 16, lane, 32);
   VQ_SYNC_GROUP();
-  const VqTile t = vq_find_tile(chunks, params[VQ_DECODE_CHUNKS], VQ_CHUNK_NAMES, tile, tokens, table[VQ_TOTAL_WORDS],
+  const VqTile t = vq_find_tile<VQ_TOKENS>(chunks, params[VQ_DECODE_CHUNKS], VQ_CHUNK_NAMES, tile, tokens, table[VQ_TOTAL_WORDS],
                                 batch);
   if (2 * lane >= t.valid) return;
   VQ_DEVICE(E) at = result + ((size_t)batch * params[VQ_DECODE_HEADS] + head) * dims * stride + t.first + 2 * lane;

@@ -2,7 +2,9 @@
 // for rings.
 
 enum {
-  VQ_TOTAL_WORDS = 1, VQ_KEY_ROWS = 2, VQ_VALUE_ROWS = 3,  // in a layer's table: W, rows of `fold`, rows of `unfold`
+  // In a layer's table: W, rows of `fold`, rows of `unfold`, floats of a split's output, and where the order of a head's
+  // outputs begins, 0 when it is that of the coordinates.
+  VQ_TOTAL_WORDS = 1, VQ_KEY_ROWS = 2, VQ_VALUE_ROWS = 3, VQ_OUTPUT_WIDTH = 4, VQ_VALUE_ORDER = 5,
   VQ_HEAD_TABLE = 16,  // where its heads begin: of keys, then of values
   VQ_HEAD_INTS = 6,    // first piece, pieces, stored coordinates, first word, words, 0
   VQ_PIECE_INTS = 8,
@@ -229,23 +231,24 @@ VQ_FN void vq_decode_tile(VQ_THREAD const VqBook& book, Q words, int stride, boo
       VQ_IN(uint) w7
 #define VQ_CHUNK_NAMES w0, w1, w2, w3, w4, w5, w6, w7
 
-// Where a tile of 64 packed tokens of one batch row lies, and how many of them the row holds.
+// Where a tile of packed tokens of one batch row lies, and how many of them the row holds.
 struct VqTile {
   VQ_IN(uint) words;
   int capacity, first, token, valid;
 };
 
 // `chunks`: tokens and capacity of each chunk. total_words: of keys and values of all heads.
+template <int TOKENS>
 VQ_FN VqTile vq_find_tile(VQ_SHARED(const int) chunks, int count, VQ_CHUNK_ARGUMENTS, int tile, int packed, int total_words,
                           int batch) {
   VqTile t;
   int chunk = 0, first = 0;
   for (; chunk < count - 1; ++chunk) {
-    const int tokens = chunks[2 * chunk], tiles = (tokens + VQ_TOKENS - 1) / VQ_TOKENS;
+    const int tokens = chunks[2 * chunk], tiles = (tokens + TOKENS - 1) / TOKENS;
     if (tile < tiles) break;
     tile -= tiles, first += tokens;
   }
-  const int tokens = chunks[2 * chunk], token = tile * VQ_TOKENS;
+  const int tokens = chunks[2 * chunk], token = tile * TOKENS;
   const int until = packed - first < tokens ? packed - first : tokens;
   VQ_IN(uint) words = chunk < 4 ? (chunk < 2 ? (chunk ? w1 : w0) : (chunk == 2 ? w2 : w3))
                                 : (chunk < 6 ? (chunk == 4 ? w4 : w5) : (chunk == 6 ? w6 : w7));

@@ -59,6 +59,19 @@ VQ_FN vq_half2 vq_as_half2(uint x) {
   memcpy(&y, &x, 4);
   return y;
 }
+VQ_FN uint vq_bits(vq_half2 x) {
+  uint y;
+  memcpy(&y, &x, 4);
+  return y;
+}
+VQ_FN uint vq_permute(uint a, uint b, uint which) {
+  const uint64_t bytes = (uint64_t)b << 32 | a;
+  uint x = 0;
+  for (int i = 0; i < 4; ++i) x |= (uint)(bytes >> 8 * (which >> 4 * i & 7) & 255) << 8 * i;
+  return x;
+}
+VQ_FN void vq_put8(vq_half* at, const uint (&x)[4]) { memcpy(at, x, 16); }
+VQ_FN void vq_put2(vq_half* at, uint x) { memcpy(at, &x, 4); }
 VQ_FN float vq_low(vq_half2 x) { return (float)x.x; }
 VQ_FN float vq_high(vq_half2 x) { return (float)x.y; }
 VQ_FN vq_half2 vq_pack(float a, float b) { return {(vq_half)a, (vq_half)b}; }
@@ -71,11 +84,75 @@ VQ_FN vq_half2 vq_sub(vq_half2 a, vq_half2 b) { return {(vq_half)(a.x - b.x), (v
 VQ_FN uint vq_pair(uint a, uint b, int byte) { return (a >> 8 * byte & 0xffff) | b >> 8 * byte << 16; }
 VQ_FN void vq_load2(const uint* from, uint& a, uint& b) { a = from[0], b = from[1]; }
 
+template <int TOKENS>
 VQ_FN void vq_stage(uint* to, const uint* from, int capacity, int left, int words, int lane) {
-  for (int i = lane; i < words * VQ_TOKENS; i += 32)
-    if (i % VQ_TOKENS < left) to[i] = from[(size_t)(i / VQ_TOKENS) * capacity + i % VQ_TOKENS];
+  for (int i = lane; i < words * TOKENS; i += 32)
+    if (i % TOKENS < left) to[i] = from[(size_t)(i / TOKENS) * capacity + i % TOKENS];
 }
 VQ_FN void vq_stage_nothing() {}
 VQ_FN void vq_stage_wait() {}
 
 VQ_FN float vq_shuffle_xor(float x, uint bit) { return VqFibers::current->shuffle_xor(x, bit); }
+VQ_FN bool vq_any(bool x) {
+  const float* all = VqFibers::current->exchange(x, 0.0f, 0.0f, 0.0f);
+  for (int lane = 0; lane < 32; ++lane)
+    if (all[4 * lane] != 0.0f) return true;
+  return false;
+}
+
+// What PTX says of ldmatrix (.x4), movmatrix and mma.m16n8k16, lane by lane.
+struct VqGiven {  // by a lane: a pointer or four registers
+  uint r[4];
+};
+VQ_FN const VqGiven* vq_given(const VqGiven& own) {
+  float x[4];
+  memcpy(x, &own, 16);
+  return (const VqGiven*)VqFibers::current->exchange(x[0], x[1], x[2], x[3]);
+}
+VQ_FN uint vq_two_halves(vq_half a, vq_half b) { return vq_bits({a, b}); }
+VQ_FN void vq_load_matrices(uint (&r)[4], const vq_half* p, bool turned) {
+  VqGiven own = {};
+  memcpy(&own, &p, sizeof p);
+  const VqGiven* all = vq_given(own);
+  const int lane = VqFibers::current->lane() % 32, row = lane / 4, column = lane % 4 * 2;
+  for (int i = 0; i < 4; ++i) {
+    const vq_half* rows[8];
+    for (int k = 0; k < 8; ++k) memcpy(&rows[k], &all[8 * i + k], sizeof p);
+    r[i] = turned ? vq_two_halves(rows[column][row], rows[column + 1][row])
+                  : vq_two_halves(rows[row][column], rows[row][column + 1]);
+  }
+}
+VQ_FN void vq_ldmatrix(uint (&r)[4], const vq_half* p) { vq_load_matrices(r, p, false); }
+VQ_FN void vq_ldmatrix_turned(uint (&r)[4], const vq_half* p) { vq_load_matrices(r, p, true); }
+VQ_FN uint vq_turned(uint x) {
+  const VqGiven* all = vq_given({{x, 0, 0, 0}});
+  const int lane = VqFibers::current->lane() % 32, row = lane / 4, column = lane % 4 * 2;
+  vq_half half[2];
+  for (int i = 0; i < 2; ++i) {
+    const vq_half2 pair = vq_as_half2(all[4 * (column + i) + row / 2].r[0]);
+    half[i] = row % 2 ? pair.y : pair.x;
+  }
+  return vq_two_halves(half[0], half[1]);
+}
+VQ_FN void vq_mma(float (&c)[4], const uint (&a)[4], uint b0, uint b1) {
+  VqGiven own;
+  memcpy(&own, a, 16);
+  const int lane = VqFibers::current->lane() % 32, row = lane / 4, column = lane % 4 * 2;
+  float rows[2][16];  // read before the next exchange
+  const VqGiven* all = vq_given(own);
+  for (int i = 0; i < 2; ++i) {
+    for (int k = 0; k < 16; k += 2) {
+      const vq_half2 x = vq_as_half2(all[4 * row + k % 8 / 2].r[i + k / 8 * 2]);
+      rows[i][k] = (float)x.x, rows[i][k + 1] = (float)x.y;
+    }
+  }
+  all = vq_given({{b0, b1, 0, 0}});
+  for (int i = 0; i < 4; ++i) {
+    float sum = c[i];
+    for (int k = 0; k < 16; k += 2) {
+      const vq_half2 y = vq_as_half2(all[4 * (column + i % 2) + k % 8 / 2].r[k / 8]);
+      sum += rows[i / 2][k] * (float)y.x + rows[i / 2][k + 1] * (float)y.y;
+    }
+    c[i] = sum;
+  }
+}

@@ -1,6 +1,8 @@
 """What each kernel is launched with: the tables of a layer, the numbers of a step, and how work is split."""
 
+import dataclasses
 import functools
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
@@ -10,10 +12,12 @@ from ..rows import Rows
 from ..spectral import codebook, trellis
 from ..spectral.packing import Layout
 from ..spectral.spectral_quant import Quantizer, SpectralQuantizer
-from . import ATTEND, DECODE, ENCODE, MERGE, Launch, run
+from . import ATTEND, DECODE, ENCODE, MERGE, Launch, columns, run
 
 if TYPE_CHECKING:
     from ..storage import Snapshot
+
+Run = Callable[[Launch, str], list[mx.array]]
 
 TOKENS = 64  # of a tile, VQ_TOKENS
 QUERIES = 16  # of a thread group
@@ -59,7 +63,8 @@ def layer_table(keys: SpectralQuantizer, values: SpectralQuantizer) -> mx.array:
     """int32: header, entries of the heads of keys and then of values, their pieces (helpers.h)."""
     layouts = keys.layout, values.layout
     heads = layouts[0].heads
-    header = [heads, keys.words + values.words, layouts[0].stored, layouts[1].stored, *([0] * 12)]
+    header = [heads, keys.words + values.words, layouts[0].stored, layouts[1].stored, values.synthesis.shape[-1]]
+    header += [0] * (16 - len(header))
     entries: list[int] = []
     pieces: list[int] = []
     start = len(header) + 2 * heads * HEAD_INTS
@@ -117,11 +122,11 @@ def _padded(words: mx.array) -> mx.array:
     return mx.pad(words, [(0, 0), (0, 0), (0, -words.shape[-1] % 4)])
 
 
-def _chunk_inputs(snapshot: "Snapshot") -> tuple[list[mx.array], list[int], int]:
-    """The word buffers, eight of them, (tokens, capacity) of each, and tiles in all."""
+def _chunk_inputs(snapshot: "Snapshot", tile: int = TOKENS) -> tuple[list[mx.array], list[int], int]:
+    """The word buffers, eight of them, (tokens, capacity) of each, and tiles of `tile` tokens in all."""
     words = [w if w.shape[-1] % 4 == 0 else _padded(w) for w, _ in snapshot.packed]
     counts = [n for (_, tokens), w in zip(snapshot.packed, words, strict=True) for n in (tokens, w.shape[-1])]
-    tiles = sum(-(-tokens // TOKENS) for _, tokens in snapshot.packed)
+    tiles = sum(-(-tokens // tile) for _, tokens in snapshot.packed)
     return words + [words[0]] * (8 - len(words)), counts, tiles
 
 
@@ -188,62 +193,120 @@ GROUPS = {"cuda": 264, "metal": 240, "host": 24}  # that fill a GPU: two on each
 METAL_BYTES = 32_768  # of a thread group
 
 
-def attend(
-    snapshot: "Snapshot", queries: mx.array, scale: float, mask: Any, sinks: mx.array | None, place: str
-) -> tuple[Launch, "tuple[Any, ...]"]:
-    """The launch of attend.h, and what `merge` needs besides its outputs."""
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """The operands of one attention, as the kernels want them."""
+
+    keys: SpectralQuantizer
+    values: SpectralQuantizer
+    queries: mx.array
+    exact_keys: mx.array
+    exact_values: mx.array
+    words: list[mx.array]
+    held: mx.array
+    params: mx.array
+    scale: mx.array
+    masks: tuple[mx.array, mx.array]
+    planes: int  # heads of all batch rows
+    rows: int  # queries of a head
+    every: tuple[int, int]  # planes, splits
+
+    @property
+    def value_dims(self) -> int:
+        """Dv."""
+        return int(self.exact_values.shape[3])
+
+
+def _step(
+    snapshot: "Snapshot", queries: mx.array, scale: float, mask: Any, sinks: bool, tile: int, row_tiles: int, warps: int,
+    place: str,
+) -> Step:  # fmt: skip
+    """`tile` tokens of a warp at a time, `row_tiles` thread groups for the queries of a head."""
     keys, values = _spectral(snapshot)
-    batch, query_heads, length, key_dims = queries.shape
-    heads, value_dims = snapshot.exact_keys.shape[1], snapshot.exact_values.shape[3]
-    group, planes = query_heads // heads, batch * heads
-    row_tiles = -(-group * length // QUERIES)
-    element = 4 if queries.dtype == mx.float32 else 2
-    stage = 0 if place == "metal" else next(n for n in STAGES if n >= head_words(keys, values))
-    key_rows, value_rows, warps = group_of(key_dims, value_dims, element, stage, place)
-    layout = snapshot.layout
-    words, counts, tiles = _chunk_inputs(snapshot)
+    batch, query_heads, length, _ = queries.shape
+    heads = snapshot.exact_keys.shape[1]
+    planes, layout = batch * heads, snapshot.layout
+    words, counts, tiles = _chunk_inputs(snapshot, tile)
     exact_most = max(s + layout.window_end - w for s, w in zip(layout.held_sinks, layout.window_start, strict=True))
     exact_splits = -(-exact_most // TOKENS)
-    free = GROUPS[place] // (planes * row_tiles) - exact_splits
+    room = GROUPS[place] // (planes * row_tiles)
+    # Groups of exact tokens end soon: where there are many, packed ones follow them.
+    free = room - exact_splits if exact_splits <= room // 4 else room
     splits = max(1, min(free, -(-tiles // warps), MOST_SPLITS - exact_splits))
     each = -(-tiles // splits)
     splits = -(-tiles // each)
     kind, strides, hidden, added = _mask_inputs(mask)
     params = _ints((
-        batch, heads, group, length, exact_splits, splits, snapshot.exact_keys.shape[2], tiles, each, kind, *strides,
-        len(snapshot.packed), int(sinks is not None), *counts,
+        batch, heads, query_heads // heads, length, exact_splits, splits, snapshot.exact_keys.shape[2], tiles, each, kind,
+        *strides, len(snapshot.packed), int(sinks), *counts,
     ))  # fmt: skip
+    return Step(
+        keys, values, queries, snapshot.exact_keys, snapshot.exact_values, words, _rows(layout), params, _scale(scale),
+        (hidden, added), planes, query_heads // heads * length, (planes, exact_splits + splits),
+    )  # fmt: skip
+
+
+def _by_columns(keys: SpectralQuantizer, values: SpectralQuantizer, dims: tuple[int, int], place: str) -> Any:
+    """(columns, table, warps, words fetched ahead) of columns.h, or None where attend.h serves."""
+    if place == "metal":
+        return None
+    most = columns.most_columns(*dims)
+    table = columns.column_table(keys, values, most)
+    stage = next(n for n in STAGES if n >= head_words(keys, values))
+    warps = columns.warps_of(most, dims[0], stage, place)
+    return (most, table, warps, stage) if table is not None and warps else None
+
+
+def attend(
+    snapshot: "Snapshot", queries: mx.array, scale: float, mask: Any, sinks: mx.array | None, place: str, run: Run = run
+) -> tuple[Launch, "tuple[Any, ...]"]:
+    """The launch of attend.h or columns.h, and what `merge` needs besides its outputs; what must go before is run."""
+    keys, values = _spectral(snapshot)
+    key_dims, value_dims = queries.shape[3], snapshot.exact_values.shape[3]
+    rows = queries.shape[1] // snapshot.exact_keys.shape[1] * queries.shape[2]
+    element = 4 if queries.dtype == mx.float32 else 2
+    found = _by_columns(keys, values, (key_dims, value_dims), place) if element == 2 else None
+    if found:
+        most, table, warps, stage = found
+        tile, row_tiles = 32 * columns.ROWS, -(-rows // columns.QUERIES)
+        step = _step(snapshot, queries, scale, mask, sinks is not None, tile, row_tiles, warps, place)
+        folded = run(columns.fold(step, most, table), place)
+        return columns.attend(step, most, table, folded, warps, stage), (step, table, sinks)
+    stage = 0 if place == "metal" else next(n for n in STAGES if n >= head_words(keys, values))
+    key_rows, value_rows, warps = group_of(key_dims, value_dims, element, stage, place)
+    row_tiles = -(-rows // QUERIES)
+    step = _step(snapshot, queries, scale, mask, sinks is not None, TOKENS, row_tiles, warps, place)
     table = layer_table(keys, values)
-    every = planes * (exact_splits + splits), group * length
+    every = (*step.every, rows)
     launch = Launch(
         ATTEND,
-        [queries, snapshot.exact_keys, snapshot.exact_values, *words, _rows(layout), keys.synthesis, keys.mean, table,
-         levels(), params, _scale(scale), hidden, added],
+        [queries, step.exact_keys, step.exact_values, *step.words, step.held, keys.synthesis, keys.mean, table,
+         levels(), step.params, step.scale, *step.masks],
         [(*every, 2), (*every, value_dims)],
         [mx.float32, mx.float32],
-        (exact_splits + splits, planes, row_tiles),
+        (step.every[1], step.planes, row_tiles),
         warps * 32,
         shared_bytes(key_dims, value_dims, max(key_rows, value_rows), element, warps, stage, place),
         (("T", queries.dtype), ("DK", key_dims), ("DV", value_dims), ("KROWS", key_rows), ("VROWS", value_rows),
          ("WARPS", warps), ("STAGE", stage)),
     )  # fmt: skip
-    return launch, (values, table, params, sinks, queries, planes, group * length, value_dims)
+    return launch, (step, table, sinks)
 
 
 def merge(parts: list[mx.array], rest: tuple[Any, ...]) -> Launch:
     """The launch of merge.h."""
-    values, table, params, sinks, queries, planes, rows, value_dims = rest
+    step, table, sinks = rest
     logits = _nothing(mx.float32) if sinks is None else sinks.astype(mx.float32)
-    threads = min(MERGE_THREADS, value_dims)
+    threads = min(MERGE_THREADS, step.value_dims)
     return Launch(
         MERGE,
-        [*parts, values.synthesis, values.mean, logits, table, params],
-        [(*queries.shape[:3], value_dims)],
-        [queries.dtype],
-        (rows, planes, 1),
+        [*parts, step.values.synthesis, step.values.mean, logits, table, step.params],
+        [(*step.queries.shape[:3], step.value_dims)],
+        [step.queries.dtype],
+        (step.rows, step.planes, 1),
         threads,
-        4 * (MOST_SPLITS + value_dims + 2),
-        (("T", queries.dtype), ("DV", value_dims), ("THREADS", threads)),
+        4 * (MOST_SPLITS + step.value_dims + 2),
+        (("T", step.queries.dtype), ("DV", step.value_dims), ("THREADS", threads)),
     )
 
 

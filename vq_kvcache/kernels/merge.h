@@ -33,18 +33,24 @@ VQ_FN void vq_merge(VQ_IN(float) sums, VQ_IN(float) outputs, VQ_IN(float) unfold
     if (lane == 0) totals[0] = total + (sinks ? vq_exp2(logit - top) : 0.0f), totals[1] = packed_total;
   }
   VQ_SYNC_GROUP();
-  VQ_IN(float) out = outputs + (plane * splits * queries + query) * DV;
-  for (int n = worker; n < DV; n += threads) {
+  const int width = table[VQ_OUTPUT_WIDTH], stored = table[VQ_VALUE_ROWS];
+  VQ_IN(int) order = table + table[VQ_VALUE_ORDER] + head * width;
+  const bool ordered = table[VQ_VALUE_ORDER] > 0;
+  VQ_IN(float) out = outputs + (plane * splits * queries + query) * width;
+  for (int n = worker; n < DV; n += threads) folded[n] = 0.0f;
+  VQ_SYNC_GROUP();
+  for (int n = worker; n < (ordered ? width : stored); n += threads) {
+    const int coordinate = ordered ? order[n] : n;
+    if (coordinate < 0) continue;
     float packed = 0.0f;
     VQ_UNROLL_BY(8)
-    for (int s = exact; s < splits; ++s) packed = vq_fma(out[s * queries * DV + n], shares[s], packed);
-    folded[n] = packed;
+    for (int s = exact; s < splits; ++s) packed = vq_fma(out[s * queries * width + n], shares[s], packed);
+    folded[coordinate] = packed;
   }
   VQ_SYNC_GROUP();
-  const int stored = table[VQ_VALUE_ROWS];
   for (int d = worker; d < DV; d += threads) {
     float x = totals[1] * mean[head * DV + d];
-    for (int s = 0; s < exact; ++s) x = vq_fma(out[s * queries * DV + d], shares[s], x);
+    for (int s = 0; s < exact; ++s) x = vq_fma(out[s * queries * width + d], shares[s], x);
     VQ_IN(float) column = unfold + head * stored * DV + d;
     VQ_UNROLL_BY(16)
     for (int n = 0; n < stored; ++n) x = vq_fma(folded[n], column[n * DV], x);

@@ -1,0 +1,182 @@
+"""Launches of columns.h: attention of half precision where a kernel knows the fragments of the matrix units (CUDA).
+
+A head's levels lie in columns of its own order: eight at a time of a ring, which are one store, then pairs. `order`
+tells which coordinate a column is; queries are folded, and sums unfolded, in that order.
+"""
+
+import functools
+from typing import TYPE_CHECKING, NamedTuple
+
+import mlx.core as mx
+import numpy as np
+
+from ..spectral import codebook, trellis
+from ..spectral.packing import Layout, Segment
+from ..spectral.spectral_quant import SpectralQuantizer
+from . import COLUMNS, FOLD, Launch
+
+if TYPE_CHECKING:
+    from .launches import Step
+
+QUERIES = 8  # of a thread group
+ROWS = 1  # tokens of a lane
+FOLD_THREADS = 128
+MOST_RUNS = 32  # of a head's keys, or values
+RUN_INTS = 8
+ENTRY_INTS = 6
+HEADER_INTS = 16
+LOOKUP = 272
+ALONE_LEVELS = 16
+SPARE = 48  # columns beyond head_dim, which rings that are not full and codes alone leave empty
+# The slots of a ring in the order of its columns, eight at a time; what is left of a ring of ten goes to the pairs.
+RING_SLOTS = {
+    1: [half + start + 4 * i for half in (0, 16) for start in (0, 2, 1, 3) for i in range(4)],
+    2: [half + start + 2 * i for half in (0, 8) for start in (0, 1) for i in range(4)],
+    3: [0, 6, 2, 8, 1, 7, 3, 9],
+    4: [0, 4, 2, 6, 1, 5, 3, 7],
+    5: [0, 4, 1, 5, 2, 3, -1, -1],
+}
+RING_PAIRS = {3: [4, 5]}
+
+
+class HeadColumns(NamedTuple):
+    """Of one head: its runs as lookup.h reads them, and the coordinate of each column, -1 where there is none."""
+
+    runs: tuple[tuple[int, ...], ...]
+    order: tuple[int, ...]
+
+
+def _slots_of(segment: Segment, ring: bool) -> tuple[list[int], list[int]]:
+    """The slots of each word of a segment in groups of eight columns, and in pairs."""
+    if not ring:
+        return [], list(range(segment.slots + segment.slots % 2))
+    groups = RING_SLOTS[segment.width]
+    if segment.width < 3 and segment.slots <= len(groups) // 2:
+        groups = groups[: len(groups) // 2]
+    return groups, RING_PAIRS.get(segment.width, [])
+
+
+def head_columns(layout: Layout, head: int) -> HeadColumns:
+    """The columns of one head of keys, or of values."""
+    segments = layout.segments[head]
+    rings = [bool(layout.trellis and trellis.is_ring(s.width, s.slots)) for s in segments]
+    slots = [_slots_of(s, ring) for s, ring in zip(segments, rings, strict=True)]
+    tail = sum(s.words * len(groups) for s, (groups, _) in zip(segments, slots, strict=True))
+    whole = tail + sum(s.words * len(pairs) for s, (_, pairs) in zip(segments, slots, strict=True))
+    order, runs, column = [-1] * (-(-whole // 16) * 16), [], 0
+    for s, ring, both in zip(segments, rings, slots, strict=True):
+        runs.append((256 * ring + s.width, s.shift, s.slots, s.words, s.first_word, column, tail, 0))
+        for w in range(s.words):
+            for start, own in ((column, both[0]), (tail, both[1])):
+                for i, slot in enumerate(own):
+                    if 0 <= slot < s.slots:
+                        order[start + i] = s.first + slot * s.words + w
+            column, tail = column + len(both[0]), tail + len(both[1])
+    return HeadColumns(tuple(runs), tuple(order))
+
+
+def most_columns(key_dims: int, value_dims: int) -> int:
+    """Columns of a tile, MC: a constant of the program, so that one serves all layers."""
+    return max(key_dims, value_dims) + SPARE
+
+
+@functools.lru_cache(maxsize=1024)
+def column_table(keys: SpectralQuantizer, values: SpectralQuantizer, most: int) -> mx.array | None:
+    """int32: header, entries of the heads of keys and then of values, runs, and the order of each head's `most` columns;
+    None when a head needs more columns or runs than there are."""
+    layouts = keys.layout, values.layout
+    heads = layouts[0].heads
+    made = [[head_columns(layout, h) for h in range(heads)] for layout in layouts]
+    if any(len(c.order) > most or len(c.runs) > MOST_RUNS for part in made for c in part):
+        return None
+    start = HEADER_INTS + 2 * heads * ENTRY_INTS
+    entries: list[int] = []
+    runs: list[int] = []
+    for part, (layout, own) in enumerate(zip(layouts, made, strict=True)):
+        for h, columns in enumerate(own):
+            first = layout.first_words[h]
+            held = layout.first_words[h + 1] - first
+            entries += [start + len(runs), len(columns.runs), 0, first + part * keys.words, held, len(columns.order)]
+            runs += [number for run in columns.runs for number in run]
+    width = max(most, values.synthesis.shape[-1])
+    orders = [start + len(runs), start + len(runs) + heads * most]
+    table = [
+        heads, keys.words + values.words, layouts[0].stored, layouts[1].stored, width, orders[1], orders[0], *([0] * 9),
+        *entries, *runs,
+    ]  # fmt: skip
+    for part, own in enumerate(made):
+        for columns in own:
+            table += [*columns.order, *([-1] * ((width if part else most) - len(columns.order)))]
+    result = mx.array(table, mx.int32)
+    mx.eval(result)
+    return result
+
+
+@functools.cache
+def lookup() -> mx.array:
+    """int32 [272]: bytes of the levels of rings of 1 and 2 bits, polynomials of wider ones, levels of codes alone."""
+    table = np.zeros(LOOKUP, np.uint32)
+    for width, first in ((1, 0), (2, 2)):
+        halves = trellis.ring_levels(width).astype(np.float16).view(np.uint8).reshape(-1, 2)
+        table[first : first + 2**width] = np.concatenate([halves[:, 0], halves[:, 1]]).view(np.uint32)
+    for width in (3, 4, 5):
+        halves = np.array(trellis.COEFFICIENTS[width], np.float16).view(np.uint16).astype(np.uint32)
+        table[3 * width - 3 : 3 * width] = halves | halves << 16
+    alone = np.concatenate([codebook.levels(width) for width in range(1, codebook.MAX_BITS + 1)]).astype(np.float16)
+    table[ALONE_LEVELS : ALONE_LEVELS + len(alone) // 2] = alone.view(np.uint32)
+    result = mx.array(table.view(np.int32))
+    mx.eval(result)
+    return result
+
+
+def shared_bytes(most: int, key_dims: int, warps: int, rows: int, stage: int) -> int:
+    """What a thread group needs, see VqColumnSpace in columns.h."""
+    stride = most + 8
+    head = 4 * (24 + LOOKUP + 2 * MOST_RUNS * RUN_INTS) + 2 * QUERIES * stride
+    packed = head + warps * (128 * rows * stage + 64 * rows * stride)
+    gathering = head + 4 * warps * QUERIES * (most + 2)
+    return max(packed, gathering, 4 * QUERIES * (key_dims + 64))
+
+
+@functools.cache
+def warps_of(most: int, key_dims: int, stage: int, place: str) -> int:
+    """Warps of a thread group: as many as fit beside a second group, or alone; 0 when not one does."""
+    if place == "host":
+        return 2
+    beside = [w for w in range(3, 9) if shared_bytes(most, key_dims, w, ROWS, stage) <= 115_600]
+    alone = [w for w in range(1, 9) if shared_bytes(most, key_dims, w, ROWS, stage) <= 231_000]
+    return max(beside or alone, default=0)
+
+
+def fold(step: "Step", most: int, table: mx.array) -> Launch:
+    """The launch of vq_fold_columns."""
+    tiles = -(-step.rows // QUERIES)
+    queries = step.queries
+    return Launch(
+        FOLD,
+        [queries, step.keys.synthesis, step.keys.mean, table, step.params, step.scale],
+        [(step.planes, tiles, QUERIES, most), (step.planes, tiles, QUERIES)],
+        [mx.float16, mx.float32],
+        (-(-most // 32), step.planes, tiles),
+        FOLD_THREADS,
+        0,
+        (("T", queries.dtype), ("DK", queries.shape[3]), ("MC", most), ("TILES", tiles), ("THREADS", FOLD_THREADS)),
+    )
+
+
+def attend(step: "Step", most: int, table: mx.array, folded: list[mx.array], warps: int, stage: int) -> Launch:
+    """The launch of vq_attend_columns."""
+    key_dims = step.queries.shape[3]
+    every = (*step.every, step.rows)
+    return Launch(
+        COLUMNS,
+        [step.queries, step.exact_keys, step.exact_values, *step.words, step.held, *folded, table, lookup(),
+         step.params, step.scale, *step.masks],
+        [(*every, 2), (*every, max(most, step.value_dims))],
+        [mx.float32, mx.float32],
+        (step.every[1], step.planes, -(-step.rows // QUERIES)),
+        warps * 32,
+        shared_bytes(most, key_dims, warps, ROWS, stage),
+        (("T", step.queries.dtype), ("DK", key_dims), ("DV", step.value_dims), ("MC", most), ("WARPS", warps),
+         ("ROWS", ROWS), ("STAGE", stage)),
+    )  # fmt: skip

@@ -1,0 +1,212 @@
+// From packed words to levels in half precision, a token a row: each lane turns whole words of tokens of its own, and
+// their levels lie side by side in the token's row of a tile [tokens, columns]. columns.py says which column is which
+// coordinate. For compilers with a byte permutation (CUDA, and the host's): it looks up four small indices at once.
+
+enum {
+  VQ_ALONE_LEVELS = 16,  // in `lookup`: the levels of codes alone, in halves, width by width; before them tables of rings
+  VQ_LOOKUP = 272,       // 32-bit words of `lookup`
+  VQ_RUN_INTS = 8,
+};
+
+// A run of words of one content: a segment of packing.py, with the columns that it fills: `groups` of eight from
+// `column` on for each word, and `pairs` of two from `tail` on.
+struct VqRun {
+  int ring, width, shift, slots, words, first_word, column, tail;
+};
+
+VQ_FN VqRun vq_run(VQ_SHARED(const int) at) {
+  const VqRun p = {at[0] >> 8, at[0] & 255, at[1], at[2], at[3], at[4], at[5], at[6]};
+  return p;
+}
+
+// The codes of a ring of `whole` bits, each with its neighbours' bits: indices of W + 1 bits. That of an even slot s
+// stands at bit s W + RAISE, that of the odd slot s + 1 there in `odd`.
+template <int W, int RAISE>
+VQ_FN void vq_indices(uint x, int whole, VQ_THREAD uint& even, VQ_THREAD uint& odd) {
+  const uint f = x & (0xffffffffu >> (32 - whole));
+  const uint one = f << W | f >> (whole - W), two = f << 2 * W | f >> (whole - 2 * W);
+  const uint turned = f ^ (two & VqFields<W>::low);
+  const uint lows = VqFields<W>::even << RAISE, codes = VqFields<W>::even * VqFields<W>::mask << (1 + RAISE);
+  even = (turned << (1 + RAISE) & codes) | (one << RAISE & lows);
+  odd = (turned >> (W - 1 - RAISE) & codes) | (one >> (W - RAISE) & lows);
+}
+
+// The levels of an index of at most three bits, in bytes: the low ones of all levels, then the high ones.
+struct VqBytes {
+  uint low[2], high[2];
+};
+
+// The levels of the indices in the low four nibbles, in two pairs.
+VQ_FN void vq_four(VQ_THREAD const VqBytes& t, uint nibbles, VQ_THREAD uint& a, VQ_THREAD uint& b) {
+  const uint low = vq_permute(t.low[0], t.low[1], nibbles), high = vq_permute(t.high[0], t.high[1], nibbles);
+  a = vq_permute(low, high, 0x5140), b = vq_permute(low, high, 0x7362);
+}
+
+// Half-precision numbers as bits: 2 / 2^(bits + raise), and -(2 ^ (11 - bits - raise) + 1 - 1 / 2^bits).
+#define VQ_SCALE_BITS(bits, raise) ((uint)(16 - (bits) - (raise)) << 10)
+#define VQ_OFFSET_BITS(bits, raise) \
+  (0x8000u | (uint)(26 - (bits) - (raise)) << 10 | ((1u << ((bits) + (raise) - 1)) - (1u << ((raise) - 1))))
+
+// The level of the index of BITS bits at bit LOW of x, and of the one at bit 16 + HIGH: the index stands in the mantissa
+// of 1024, so no integer is converted, and the polynomial is that of trellis.py. LOW, HIGH: 1 .. 10 - BITS.
+template <int BITS, int LOW, int HIGH>
+VQ_FN uint vq_two(uint x, VQ_THREAD const vq_half2 (&c)[3]) {
+  const uint mask = ((1u << BITS) - 1u) << LOW | ((1u << BITS) - 1u) << (16 + HIGH);
+  const vq_half2 t = vq_fma(vq_as_half2((x & mask) | 0x64006400u),
+                            vq_as_half2(VQ_SCALE_BITS(BITS, LOW) | VQ_SCALE_BITS(BITS, HIGH) << 16),
+                            vq_as_half2(VQ_OFFSET_BITS(BITS, LOW) | VQ_OFFSET_BITS(BITS, HIGH) << 16));
+  return vq_bits(vq_polynomial<3>(t, c));
+}
+
+// What runs of rings of one width look up or compute with.
+struct VqRingBook {
+  VqBytes bytes;
+  vq_half2 c[3];
+};
+
+// The levels of one word of one token, which is a ring of width W -> its row.
+template <int W>
+struct VqRing;
+
+template <>
+struct VqRing<1> {
+  VQ_FN void put(uint x, int slots, VQ_THREAD const VqRingBook& book, VQ_SHARED(vq_half) at,
+                                 VQ_SHARED(vq_half)) {
+    uint even, odd;
+    vq_indices<1, 0>(x, slots, even, odd);
+    const uint first = even & 0x33333333u, second = even >> 2 & 0x33333333u;
+    const uint third = odd & 0x33333333u, fourth = odd >> 2 & 0x33333333u;
+    uint r[4];
+    vq_four(book.bytes, first, r[0], r[1]), vq_four(book.bytes, second, r[2], r[3]);
+    vq_put8(at, r);
+    vq_four(book.bytes, third, r[0], r[1]), vq_four(book.bytes, fourth, r[2], r[3]);
+    vq_put8(at + 8, r);
+    if (slots <= 16) return;
+    vq_four(book.bytes, first >> 16, r[0], r[1]), vq_four(book.bytes, second >> 16, r[2], r[3]);
+    vq_put8(at + 16, r);
+    vq_four(book.bytes, third >> 16, r[0], r[1]), vq_four(book.bytes, fourth >> 16, r[2], r[3]);
+    vq_put8(at + 24, r);
+  }
+};
+
+template <>
+struct VqRing<2> {
+  VQ_FN void put(uint x, int slots, VQ_THREAD const VqRingBook& book, VQ_SHARED(vq_half) at,
+                                 VQ_SHARED(vq_half)) {
+    uint even, odd, r[4];
+    vq_indices<2, 0>(x, 2 * slots, even, odd);
+    vq_four(book.bytes, even, r[0], r[1]), vq_four(book.bytes, odd, r[2], r[3]);
+    vq_put8(at, r);
+    if (slots <= 8) return;
+    vq_four(book.bytes, even >> 16, r[0], r[1]), vq_four(book.bytes, odd >> 16, r[2], r[3]);
+    vq_put8(at + 8, r);
+  }
+};
+
+template <>
+struct VqRing<3> {
+  VQ_FN void put(uint x, int slots, VQ_THREAD const VqRingBook& book, VQ_SHARED(vq_half) at,
+                                 VQ_SHARED(vq_half) tail) {
+    uint even, odd;
+    vq_indices<3, 1>(x, 3 * slots, even, odd);
+    const uint r[4] = {vq_two<4, 1, 3>(even, book.c), vq_two<4, 1, 3>(even >> 6, book.c),
+                       vq_two<4, 1, 3>(odd, book.c), vq_two<4, 1, 3>(odd >> 6, book.c)};
+    vq_put8(at, r);
+    vq_put2(tail, vq_two<4, 1, 1>((even >> 12 & 0xffffu) | odd >> 12 << 16, book.c));
+  }
+};
+
+template <>
+struct VqRing<4> {
+  VQ_FN void put(uint x, int slots, VQ_THREAD const VqRingBook& book, VQ_SHARED(vq_half) at,
+                                 VQ_SHARED(vq_half)) {
+    uint even, odd;
+    vq_indices<4, 1>(x, 4 * slots, even, odd);
+    const uint r[4] = {vq_two<5, 1, 1>(even, book.c), vq_two<5, 1, 1>(even >> 8, book.c),
+                       vq_two<5, 1, 1>(odd, book.c), vq_two<5, 1, 1>(odd >> 8, book.c)};
+    vq_put8(at, r);
+  }
+};
+
+template <>
+struct VqRing<5> {
+  VQ_FN void put(uint x, int slots, VQ_THREAD const VqRingBook& book, VQ_SHARED(vq_half) at,
+                                 VQ_SHARED(vq_half)) {
+    uint even, odd;
+    vq_indices<5, 1>(x, 5 * slots, even, odd);
+    const uint r[4] = {vq_two<6, 1, 1>((even & 0xffffu) | even >> 20 << 16, book.c),
+                       vq_two<6, 1, 1>((odd & 0xffffu) | odd >> 20 << 16, book.c),
+                       vq_two<6, 1, 1>((even >> 10 & 0xffffu) | odd >> 10 << 16, book.c), 0u};
+    vq_put8(at, r);
+  }
+};
+
+// A tile: rows of STRIDE halves, a token each; this lane's tokens are 32 apart. staged: words [words, TOKENS], from this
+// lane's first token on. ROWS: tokens of a lane.
+template <int W, int ROWS, int STRIDE>
+VQ_FN void vq_put_rings(VQ_THREAD const VqRun& p, VQ_SHARED(const uint) staged, VQ_SHARED(const uint) lookup,
+                        VQ_SHARED(vq_half) row) {
+  VqRingBook book;
+  VQ_SHARED(const uint) own = lookup + (W == 1 ? 0 : W == 2 ? 2 : 3 * W - 3);
+  if (W == 1) book.bytes.low[0] = book.bytes.low[1] = own[0], book.bytes.high[0] = book.bytes.high[1] = own[1];
+  if (W == 2) book.bytes.low[0] = own[0], book.bytes.low[1] = own[1], book.bytes.high[0] = own[2], book.bytes.high[1] = own[3];
+  if (W > 2) {
+    VQ_UNROLL
+    for (int i = 0; i < 3; ++i) book.c[i] = vq_as_half2(own[i]);
+  }
+  staged += p.first_word * ROWS * 32;
+  VQ_SHARED(vq_half) at = row + p.column;
+  VQ_SHARED(vq_half) tail = row + p.tail;
+  const int step = W == 1 ? (p.slots <= 16 ? 16 : 32) : W == 2 ? (p.slots <= 8 ? 8 : 16) : 8;
+  VQ_LOOP
+  for (int w = 0; w < p.words; ++w) {
+    VQ_UNROLL
+    for (int r = 0; r < ROWS; ++r)
+      VqRing<W>::put(staged[r * 32] >> p.shift, p.slots, book, at + r * 32 * STRIDE, tail + r * 32 * STRIDE);
+    staged += ROWS * 32, at += step, tail += 2;
+  }
+}
+
+template <int ROWS, int STRIDE>
+VQ_FN void vq_put_alone(VQ_THREAD const VqRun& p, VQ_SHARED(const uint) staged, VQ_SHARED(const uint) lookup,
+                        VQ_SHARED(vq_half) row) {
+  VQ_SHARED(const unsigned short) levels = (VQ_SHARED(const unsigned short))(lookup + VQ_ALONE_LEVELS) + (1 << p.width) - 2;
+  const uint mask = (1u << p.width) - 1u;
+  staged += p.first_word * ROWS * 32;
+  VQ_SHARED(vq_half) tail = row + p.tail;
+  VQ_LOOP
+  for (int w = 0; w < p.words; ++w) {
+    uint x[ROWS];
+    VQ_UNROLL
+    for (int r = 0; r < ROWS; ++r) x[r] = staged[r * 32] >> p.shift;
+    VQ_LOOP
+    for (int s = 0; s < p.slots; s += 2) {
+      VQ_UNROLL
+      for (int r = 0; r < ROWS; ++r) {
+        const uint next = x[r] >> p.width;
+        vq_put2(tail + r * 32 * STRIDE, levels[x[r] & mask] | (uint)levels[next & mask] << 16);
+        x[r] = next >> p.width;
+      }
+      tail += 2;
+    }
+    staged += ROWS * 32;
+  }
+}
+
+// All runs of keys, or of values, of a head into this lane's rows.
+template <int ROWS, int STRIDE>
+VQ_FN void vq_put_rows(VQ_SHARED(const int) runs, int count, VQ_SHARED(const uint) staged,
+                       VQ_SHARED(const uint) lookup, VQ_SHARED(vq_half) row) {
+  VQ_LOOP
+  for (int i = 0; i < count; ++i) {
+    const VqRun p = vq_run(runs + i * VQ_RUN_INTS);
+    switch (p.ring ? p.width : 0) {
+      case 0: vq_put_alone<ROWS, STRIDE>(p, staged, lookup, row); break;
+      case 1: vq_put_rings<1, ROWS, STRIDE>(p, staged, lookup, row); break;
+      case 2: vq_put_rings<2, ROWS, STRIDE>(p, staged, lookup, row); break;
+      case 3: vq_put_rings<3, ROWS, STRIDE>(p, staged, lookup, row); break;
+      case 4: vq_put_rings<4, ROWS, STRIDE>(p, staged, lookup, row); break;
+      case 5: vq_put_rings<5, ROWS, STRIDE>(p, staged, lookup, row); break;
+    }
+  }
+}
