@@ -1,13 +1,18 @@
 // attend.h for half precision where fragments of the matrix units are known (CUDA, and the host that does as they do):
 // eight queries are the columns of both products, scores [tokens, 8] and weighted sums [columns, 8].
 //
-// A warp takes 32 ROWS packed tokens at a time; each lane writes the levels of ROWS tokens into their rows of a tile
-// [tokens, columns] that only this warp sees (lookup.h). Keys and values go through the same tile, one after the other.
+// A thread group takes 256 packed tokens at a time. Its warps share the words: each turns those of its own for all
+// tokens (lookup.h), and then multiplies with 32 of the rows. Keys and values go through the same tile [256, columns],
+// one after the other.
 
-enum { VQ_QUERIES = 8 };
+enum { VQ_QUERIES = 8, VQ_COLUMN_TOKENS = 256, VQ_COLUMN_WARPS = 8 };
 
-// A layer's table, columns.py. An entry: first run, runs, 0, first word, words, columns.
-enum { VQ_KEY_ORDER = 6, VQ_COLUMN_ENTRY = 16 };
+// A layer's table, columns.py. An entry: where its words begin, words, where its runs begin, runs, first word, columns.
+// A word: its place and its runs, (place | runs << 16, first run), in the order in which warps take them.
+enum { VQ_KEY_ORDER = 6, VQ_COLUMN_ENTRY = 16, VQ_MOST_WORDS = 64, VQ_MOST_RUNS = 192 };
+
+// The token of a row of the tile: lanes turn four neighbours at a time, and rows of one store are consecutive.
+VQ_FN int vq_token_of(int row) { return (row & ~127) + (row & 31) * 4 + (row >> 5 & 3); }
 
 // Queries in the basis of the codes, once for all splits: folded [planes, tiles of 8 queries, 8, MC], in the order of the
 // columns, and the share of the keys' mean in every score, mean_score [planes, tiles, 8]. x: 32 columns.
@@ -72,11 +77,11 @@ struct VqColumnSums {
 };
 
 // s [tokens, 8] = tile [tokens, columns] q^T.
-template <int ROWS, int STRIDE>
-VQ_FN void vq_score_tokens(VQ_THREAD float (&s)[2 * ROWS][4], VQ_SHARED(const vq_half) q,
+template <int STRIDE>
+VQ_FN void vq_score_tokens(VQ_THREAD float (&s)[2][4], VQ_SHARED(const vq_half) q,
                            VQ_SHARED(const vq_half) tile, int columns, int lane) {
   VQ_UNROLL
-  for (int m = 0; m < 2 * ROWS; ++m) s[m][0] = s[m][1] = s[m][2] = s[m][3] = 0.0f;
+  for (int m = 0; m < 2; ++m) s[m][0] = s[m][1] = s[m][2] = s[m][3] = 0.0f;
   q += lane % 8 * STRIDE + lane / 8 * 8;
   tile += lane % 16 * STRIDE + lane / 16 * 8;
   VQ_LOOP
@@ -87,7 +92,7 @@ VQ_FN void vq_score_tokens(VQ_THREAD float (&s)[2 * ROWS][4], VQ_SHARED(const vq
     for (int half = 0; half < 2; ++half) {
       if (k + 16 * half >= columns) break;
       VQ_UNROLL
-      for (int m = 0; m < 2 * ROWS; ++m) {
+      for (int m = 0; m < 2; ++m) {
         uint a[4];
         vq_ldmatrix(a, tile + m * 16 * STRIDE + k + half * 16);
         vq_mma(s[m], a, b[2 * half], b[2 * half + 1]);
@@ -97,18 +102,17 @@ VQ_FN void vq_score_tokens(VQ_THREAD float (&s)[2 * ROWS][4], VQ_SHARED(const vq
 }
 
 // Hide the scores of positions that this row does not hold or the mask hides.
-template <int ROWS>
-VQ_FN void vq_hide_tokens(VQ_THREAD float (&s)[2 * ROWS][4], VQ_THREAD const VqTile& t, VqRows held,
+VQ_FN void vq_hide_tokens(VQ_THREAD float (&s)[2][4], VQ_THREAD const VqTile& t, VqRows held,
                           VQ_IN(int) params, VQ_IN(unsigned char) hidden, VQ_IN(float) added,
                           VQ_THREAD const VqPlace& at) {
   const int length = held.sinks + held.packed + held.end - held.start;
   const bool masked = params[VQ_MASK_KIND] != VQ_NO_MASK;
-  if (!masked && t.valid >= 32 * ROWS) return;
+  if (!masked && t.valid >= VQ_COLUMN_TOKENS) return;
   VQ_UNROLL
-  for (int m = 0; m < 2 * ROWS; ++m) {
+  for (int m = 0; m < 2; ++m) {
     VQ_UNROLL
     for (int e = 0; e < 4; ++e) {
-      const int token = m * 16 + at.lane / 4 + e / 2 * 8, query = at.lane % 4 * 2 + e % 2;
+      const int token = vq_token_of(at.warp * 32 + m * 16 + at.lane / 4 + e / 2 * 8), query = at.lane % 4 * 2 + e % 2;
       if (token >= t.valid) {
         s[m][e] = VQ_LOWEST;
       } else if (masked && query < at.rows) {
@@ -119,20 +123,20 @@ VQ_FN void vq_hide_tokens(VQ_THREAD float (&s)[2 * ROWS][4], VQ_THREAD const VqT
 }
 
 // Scores of one tile, in place, to weights; the running sums are brought to the new maximum.
-template <int MC, int ROWS>
-VQ_FN void vq_soften_tokens(VQ_THREAD float (&s)[2 * ROWS][4], VQ_THREAD VqColumnSums<MC>& running) {
+template <int MC>
+VQ_FN void vq_soften_tokens(VQ_THREAD float (&s)[2][4], VQ_THREAD VqColumnSums<MC>& running) {
   float change[2];
   VQ_UNROLL
   for (int e = 0; e < 2; ++e) {
     float top = running.top[e];
     VQ_UNROLL
-    for (int m = 0; m < 2 * ROWS; ++m) top = vq_max(top, vq_max(s[m][e], s[m][e + 2]));
+    for (int m = 0; m < 2; ++m) top = vq_max(top, vq_max(s[m][e], s[m][e + 2]));
     VQ_UNROLL
     for (uint bit = 4; bit <= 16; bit *= 2) top = vq_max(top, vq_shuffle_xor(top, bit));
     change[e] = vq_exp2(running.top[e] - top);
     float sum = running.sum[e] * change[e];
     VQ_UNROLL
-    for (int m = 0; m < 2 * ROWS; ++m) {
+    for (int m = 0; m < 2; ++m) {
       VQ_UNROLL
       for (int i = e; i < 4; i += 2) {
         s[m][i] = vq_weight(s[m][i], top);
@@ -150,12 +154,12 @@ VQ_FN void vq_soften_tokens(VQ_THREAD float (&s)[2 * ROWS][4], VQ_THREAD VqColum
 }
 
 // output [columns, 8] += tile^T [columns, tokens] weights [tokens, 8].
-template <int MC, int ROWS, int STRIDE>
-VQ_FN void vq_add_tokens(VQ_THREAD float (&output)[MC / 16][4], VQ_THREAD const float (&s)[2 * ROWS][4],
+template <int MC, int STRIDE>
+VQ_FN void vq_add_tokens(VQ_THREAD float (&output)[MC / 16][4], VQ_THREAD const float (&s)[2][4],
                          VQ_SHARED(const vq_half) tile, int columns, int lane) {
-  uint b[2 * ROWS][2];
+  uint b[2][2];
   VQ_UNROLL
-  for (int m = 0; m < 2 * ROWS; ++m) {
+  for (int m = 0; m < 2; ++m) {
     b[m][0] = vq_turned(vq_bits(vq_pack(s[m][0], s[m][1])));
     b[m][1] = vq_turned(vq_bits(vq_pack(s[m][2], s[m][3])));
   }
@@ -164,7 +168,7 @@ VQ_FN void vq_add_tokens(VQ_THREAD float (&output)[MC / 16][4], VQ_THREAD const 
   for (int n = 0; n < MC / 16; ++n) {
     if (n * 16 >= columns) break;
     VQ_UNROLL
-    for (int m = 0; m < 2 * ROWS; ++m) {
+    for (int m = 0; m < 2; ++m) {
       uint a[4];
       vq_ldmatrix_turned(a, tile + m * 16 * STRIDE + n * 16);
       vq_mma(output[n], a, b[m][0], b[m][1]);
@@ -209,101 +213,113 @@ VQ_FN void vq_gather_columns(VQ_THREAD VqColumnSums<MC>& running, VQ_SHARED(cons
   }
 }
 
-// Where things lie in shared memory, in floats: the mean's scores, chunks, levels, runs of keys and of values, folded
-// queries, and then for each warp staged words and a tile.
-template <int MC, int ROWS, int STAGE>
+// Where things lie in shared memory, in floats: the mean's scores, chunks, levels, words and runs of keys and then of
+// values, folded queries, and the tile.
+template <int MC>
 struct VqColumnSpace {
   enum {
-    stride = MC + 8, chunks = 8, lookup = 24, runs = lookup + VQ_LOOKUP, folded = runs + 2 * VQ_MOST_PIECES * VQ_RUN_INTS,
-    warps = folded + VQ_QUERIES * stride / 2, tile = STAGE * 32 * ROWS, warp = tile + 32 * ROWS * stride / 2,
+    stride = MC + 8, chunks = 8, lookup = 24, lists = lookup + VQ_LOOKUP, list = 2 * (VQ_MOST_WORDS + VQ_MOST_RUNS),
+    folded = lists + 2 * list, tile = folded + VQ_QUERIES * stride / 2,
   };
 };
 
-// Packed tokens. STAGE: words of keys and values of a head that a warp fetches ahead.
-template <int MC, int WARPS, int ROWS, int STAGE>
+// The word that a list names, of this lane's tokens.
+VQ_FN void vq_load_word(VQ_THREAD uint (&x)[VQ_LANE_TOKENS], VQ_SHARED(const int) word, VQ_IN(int) entry,
+                        VQ_THREAD const VqTile& t, VQ_THREAD const VqPlace& at) {
+  VQ_IN(uint) from = t.words + (size_t)(entry[4] + (word[0] & 0xffff)) * t.capacity + 4 * at.lane;
+  VQ_UNROLL
+  for (int h = 0; h < 2; ++h)
+    if (t.token + 128 * h + 4 * at.lane < t.capacity) vq_load4(x + 4 * h, from + 128 * h);
+}
+
+// Packed tokens.
+template <int MC>
 VQ_FN void vq_attend_columns_packed(VQ_IN(vq_half) folded_in, VQ_IN(float) mean_in, VQ_CHUNK_ARGUMENTS, VqRows held,
                                     VQ_IN(int) table, VQ_IN(int) lookup_in, VQ_IN(int) params,
                                     VQ_IN(unsigned char) hidden, VQ_IN(float) added, VQ_OUT(float) sums,
                                     VQ_OUT(float) outputs, VQ_SHARED(float) shared, VQ_THREAD const VqPlace& at,
                                     int query_tile) {
-  typedef VqColumnSpace<MC, ROWS, STAGE> Space;
-  enum { TOKENS = 32 * ROWS, STRIDE = Space::stride, THREADS = WARPS * 32 };
+  typedef VqColumnSpace<MC> Space;
+  enum { STRIDE = Space::stride, THREADS = VQ_COLUMN_WARPS * 32 };
   VQ_SHARED(int) chunks = (VQ_SHARED(int))(shared + Space::chunks);
   VQ_SHARED(uint) lookup = (VQ_SHARED(uint))(shared + Space::lookup);
-  VQ_SHARED(int) runs = (VQ_SHARED(int))(shared + Space::runs);
+  VQ_SHARED(int) lists = (VQ_SHARED(int))(shared + Space::lists);
   VQ_SHARED(vq_half) folded = (VQ_SHARED(vq_half))(shared + Space::folded);
-  VQ_SHARED(uint) staged = (VQ_SHARED(uint))(shared + Space::warps + at.warp * Space::warp);
-  VQ_SHARED(vq_half) tile = (VQ_SHARED(vq_half))(staged + Space::tile);
+  VQ_SHARED(vq_half) tile = (VQ_SHARED(vq_half))(shared + Space::tile);
   const int worker = at.warp * 32 + at.lane, heads = params[VQ_H];
   VQ_IN(int) key_entry = table + VQ_COLUMN_ENTRY + at.head * VQ_HEAD_INTS;
   VQ_IN(int) value_entry = key_entry + heads * VQ_HEAD_INTS;
-  const int key_words = key_entry[4], total_words = table[VQ_TOTAL_WORDS], count = params[VQ_CHUNKS];
-  const int first_tile = (at.split - params[VQ_EXACT_SPLITS]) * params[VQ_TILES_PER_SPLIT];
-  int last_tile = first_tile + params[VQ_TILES_PER_SPLIT];
+  const int total_words = table[VQ_TOTAL_WORDS], count = params[VQ_CHUNKS];
+  int i = (at.split - params[VQ_EXACT_SPLITS]) * params[VQ_TILES_PER_SPLIT];
+  int last_tile = i + params[VQ_TILES_PER_SPLIT];
   if (last_tile > params[VQ_TILES]) last_tile = params[VQ_TILES];
   if (worker < 16) chunks[worker] = worker < 2 * count ? params[VQ_CHUNK_TABLE + worker] : 0;
-  for (int i = worker; i < VQ_LOOKUP; i += THREADS) lookup[i] = lookup_in[i];
+  for (int k = worker; k < VQ_LOOKUP; k += THREADS) lookup[k] = lookup_in[k];
   for (int part = 0; part < 2; ++part) {
     VQ_IN(int) entry = part ? value_entry : key_entry;
-    for (int i = worker; i < entry[1] * VQ_RUN_INTS; i += THREADS)
-      runs[part * VQ_MOST_PIECES * VQ_RUN_INTS + i] = table[entry[0] + i];
+    VQ_SHARED(int) words = lists + part * Space::list;
+    for (int k = worker; k < 2 * entry[1]; k += THREADS) words[k] = table[entry[0] + k];
+    for (int k = worker; k < 2 * entry[3]; k += THREADS) words[2 * VQ_MOST_WORDS + k] = table[entry[2] + k];
   }
   const int own = (at.batch * heads + at.head) * ((params[VQ_G] * params[VQ_L] + VQ_QUERIES - 1) / VQ_QUERIES) + query_tile;
-  for (int i = worker; i < VQ_QUERIES * MC; i += THREADS)
-    folded[i / MC * STRIDE + i % MC] = folded_in[own * VQ_QUERIES * MC + i];
+  for (int k = worker; k < VQ_QUERIES * MC; k += THREADS)
+    folded[k / MC * STRIDE + k % MC] = folded_in[own * VQ_QUERIES * MC + k];
   if (worker < VQ_QUERIES) shared[worker] = mean_in[own * VQ_QUERIES + worker];
   // What is never written must not be NaN.
-  for (int i = at.lane; i < TOKENS * STRIDE; i += 32) vq_set(tile[i], 0.0f);
+  for (int k = worker; k < VQ_COLUMN_TOKENS * STRIDE; k += THREADS) vq_set(tile[k], 0.0f);
   VQ_SYNC_GROUP();
   VqColumnSums<MC> running;
   VQ_UNROLL
   for (int e = 0; e < 2; ++e) running.top[e] = VQ_LOWEST, running.sum[e] = 0.0f;
   VQ_UNROLL
   for (int n = 0; n < MC / 16; ++n) running.output[n][0] = running.output[n][1] = running.output[n][2] = running.output[n][3] = 0.0f;
-  VqTile t, next;
-  int i = first_tile + at.warp;
+  VqTile t;
+  uint x[VQ_LANE_TOKENS];
   if (i < last_tile) {
-    t = vq_find_tile<TOKENS>(chunks, count, VQ_CHUNK_NAMES, i, held.packed, total_words, at.batch);
-    vq_stage<TOKENS>(staged, t.words + (size_t)key_entry[3] * t.capacity, t.capacity, t.capacity - t.token, key_words, at.lane);
-    vq_stage<TOKENS>(staged + key_words * TOKENS, t.words + (size_t)value_entry[3] * t.capacity, t.capacity,
-                     t.capacity - t.token, value_entry[4], at.lane);
+    t = vq_find_tile<VQ_COLUMN_TOKENS>(chunks, count, VQ_CHUNK_NAMES, i, held.packed, total_words, at.batch);
+    if (at.warp < key_entry[1]) vq_load_word(x, lists + 2 * at.warp, key_entry, t, at);
   }
   VQ_LOOP
-  for (; i < last_tile; i += WARPS, t = next) {
-    const bool more = i + WARPS < last_tile;
-    if (more) next = vq_find_tile<TOKENS>(chunks, count, VQ_CHUNK_NAMES, i + WARPS, held.packed, total_words, at.batch);
-    float s[2 * ROWS][4];
+  for (; i < last_tile; ++i) {
+    float s[2][4];
+    VqTile next = t;
     VQ_LOOP
     for (int part = 0; part < 2; ++part) {  // keys, then values: a loop, so that the decoder is in the program once
       VQ_IN(int) entry = part ? value_entry : key_entry;
-      VQ_SHARED(uint) source = staged + (part ? key_words * TOKENS : 0);
-      vq_stage_wait();
-      VQ_SYNC_WARP();
-      vq_put_rows<ROWS, STRIDE>(runs + part * VQ_MOST_PIECES * VQ_RUN_INTS, entry[1], source + at.lane, lookup,
-                                tile + at.lane * STRIDE);
-      VQ_SYNC_WARP();
-      // The staged words of this part are used up: fetch those of the next tile while the products run.
-      if (more) {
-        vq_stage<TOKENS>(source, next.words + (size_t)entry[3] * next.capacity, next.capacity,
-                         next.capacity - next.token, entry[4], at.lane);
-      } else {
-        vq_stage_nothing();
+      VQ_SHARED(const int) words = lists + part * Space::list;
+      VQ_LOOP
+      for (int w = at.warp; w < entry[1]; w += VQ_COLUMN_WARPS) {
+        const int first = words[2 * w + 1], runs = words[2 * w] >> 16;
+        vq_put_word<STRIDE>(words + 2 * (VQ_MOST_WORDS + first), runs, x, lookup, tile + at.lane * STRIDE);
+        const int later = w + VQ_COLUMN_WARPS;
+        if (later < entry[1]) vq_load_word(x, words + 2 * later, entry, t, at);
       }
+      // While the products run, the next words come: of values, or of the next tile's keys.
+      if (part == 1 && i + 1 < last_tile)
+        next = vq_find_tile<VQ_COLUMN_TOKENS>(chunks, count, VQ_CHUNK_NAMES, i + 1, held.packed, total_words, at.batch);
+      if (part == 0 || i + 1 < last_tile) {
+        VQ_IN(int) other = part ? key_entry : value_entry;
+        if (at.warp < other[1]) vq_load_word(x, lists + (1 - part) * Space::list + 2 * at.warp, other, next, at);
+      }
+      VQ_SYNC_GROUP();
+      VQ_SHARED(const vq_half) rows = tile + at.warp * 32 * STRIDE;
       if (part == 0) {
-        vq_score_tokens<ROWS, STRIDE>(s, folded, tile, entry[5], at.lane);
-        vq_hide_tokens<ROWS>(s, t, held, params, hidden, added, at);
-        vq_soften_tokens<MC, ROWS>(s, running);
+        vq_score_tokens<STRIDE>(s, folded, rows, entry[5], at.lane);
+        vq_hide_tokens(s, t, held, params, hidden, added, at);
+        vq_soften_tokens<MC>(s, running);
       } else {
-        vq_add_tokens<MC, ROWS, STRIDE>(running.output, s, tile, entry[5], at.lane);
+        vq_add_tokens<MC, STRIDE>(running.output, s, rows, entry[5], at.lane);
       }
-      VQ_SYNC_WARP();
+      VQ_SYNC_GROUP();
     }
+    t = next;
   }
-  vq_gather_columns<MC>(running, shared, table, params, sums, outputs, shared + Space::warps, at, value_entry[5], WARPS);
+  vq_gather_columns<MC>(running, shared, table, params, sums, outputs, shared + Space::tile, at, value_entry[5],
+                        VQ_COLUMN_WARPS);
 }
 
 // One thread group: x the split, y head and batch row, z eight queries of a group of query heads.
-template <typename T, int DK, int DV, int MC, int WARPS, int ROWS, int STAGE>
+template <typename T, int DK, int DV, int MC>
 VQ_FN void vq_attend_columns(VQ_IN(T) q, VQ_IN(T) keys, VQ_IN(T) values, VQ_CHUNK_ARGUMENTS, VQ_IN(int) rows,
                              VQ_IN(vq_half) folded, VQ_IN(float) mean_score, VQ_IN(int) table, VQ_IN(int) lookup,
                              VQ_IN(int) params, VQ_IN(float) scale, VQ_IN(unsigned char) hidden, VQ_IN(float) added,
@@ -315,9 +331,9 @@ VQ_FN void vq_attend_columns(VQ_IN(T) q, VQ_IN(T) keys, VQ_IN(T) values, VQ_CHUN
   const VqRows held = vq_rows(rows, at.batch);
   if (x < params[VQ_EXACT_SPLITS]) {
     vq_attend_exact<T, DK, DV, VQ_QUERIES>(q, keys, values, held, params, table[VQ_OUTPUT_WIDTH], scale[0], hidden,
-                                           added, sums, outputs, shared, at, WARPS * 32);
+                                           added, sums, outputs, shared, at, VQ_COLUMN_WARPS * 32);
   } else {
-    vq_attend_columns_packed<MC, WARPS, ROWS, STAGE>(folded, mean_score, VQ_CHUNK_NAMES, held, table, lookup, params,
-                                                     hidden, added, sums, outputs, shared, at, z);
+    vq_attend_columns_packed<MC>(folded, mean_score, VQ_CHUNK_NAMES, held, table, lookup, params, hidden, added, sums,
+                                 outputs, shared, at, z);
   }
 }

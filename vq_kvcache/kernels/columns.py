@@ -19,10 +19,11 @@ if TYPE_CHECKING:
     from .launches import Step
 
 QUERIES = 8  # of a thread group
-ROWS = 1  # tokens of a lane
+TOKENS = 256  # of a tile
+WARPS = 8
 FOLD_THREADS = 128
-MOST_RUNS = 32  # of a head's keys, or values
-RUN_INTS = 8
+MOST_WORDS = 64  # of a head's keys, or values
+MOST_RUNS = 192
 ENTRY_INTS = 6
 HEADER_INTS = 16
 LOOKUP = 272
@@ -37,12 +38,17 @@ RING_SLOTS = {
     5: [0, 4, 1, 5, 2, 3, -1, -1],
 }
 RING_PAIRS = {3: [4, 5]}
+# Instructions for a word of one token, and for a code alone: only who has how much to do is judged by them.
+RING_COST = {1: 66, 2: 40, 3: 55, 4: 45, 5: 42}
+ALONE_COST = 6
 
 
 class HeadColumns(NamedTuple):
-    """Of one head: its runs as lookup.h reads them, and the coordinate of each column, -1 where there is none."""
+    """Of one head: its words, (place | runs << 16, first run), in the order in which warps take them; their runs as
+    lookup.h reads them; and the coordinate of each column, -1 where there is none."""
 
-    runs: tuple[tuple[int, ...], ...]
+    words: tuple[int, ...]
+    runs: tuple[int, ...]
     order: tuple[int, ...]
 
 
@@ -56,6 +62,13 @@ def _slots_of(segment: Segment, ring: bool) -> tuple[list[int], list[int]]:
     return groups, RING_PAIRS.get(segment.width, [])
 
 
+def _dealt(costs: list[int]) -> list[int]:
+    """Words such that warps, which take every WARPS-th, have about as much to do: the dearest first, back and forth."""
+    dear = sorted(range(len(costs)), key=lambda w: -costs[w])
+    rounds = [dear[i : i + WARPS] for i in range(0, len(dear), WARPS)]
+    return [w for i, one in enumerate(rounds) for w in (one if i % 2 == 0 or len(one) < WARPS else one[::-1])]
+
+
 def head_columns(layout: Layout, head: int) -> HeadColumns:
     """The columns of one head of keys, or of values."""
     segments = layout.segments[head]
@@ -63,16 +76,26 @@ def head_columns(layout: Layout, head: int) -> HeadColumns:
     slots = [_slots_of(s, ring) for s, ring in zip(segments, rings, strict=True)]
     tail = sum(s.words * len(groups) for s, (groups, _) in zip(segments, slots, strict=True))
     whole = tail + sum(s.words * len(pairs) for s, (_, pairs) in zip(segments, slots, strict=True))
-    order, runs, column = [-1] * (-(-whole // 16) * 16), [], 0
+    order, column = [-1] * (-(-whole // 16) * 16), 0
+    runs: dict[int, list[tuple[int, int]]] = {}
+    costs: dict[int, int] = {}
     for s, ring, both in zip(segments, rings, slots, strict=True):
-        runs.append((256 * ring + s.width, s.shift, s.slots, s.words, s.first_word, column, tail, 0))
         for w in range(s.words):
+            word = s.first_word + w
+            told = (ring | s.width << 1 | s.slots << 8 | s.shift << 16, column | tail << 16)
+            runs.setdefault(word, []).append(told)
+            costs[word] = costs.get(word, 0) + (RING_COST[s.width] if ring else ALONE_COST * len(both[1]))
             for start, own in ((column, both[0]), (tail, both[1])):
                 for i, slot in enumerate(own):
                     if 0 <= slot < s.slots:
                         order[start + i] = s.first + slot * s.words + w
             column, tail = column + len(both[0]), tail + len(both[1])
-    return HeadColumns(tuple(runs), tuple(order))
+    words: list[int] = []
+    flat: list[int] = []
+    for word in _dealt([costs[w] for w in range(len(costs))]):
+        words += [word | len(runs[word]) << 16, len(flat) // 2]
+        flat += [number for run in runs[word] for number in run]
+    return HeadColumns(tuple(words), tuple(flat), tuple(order))
 
 
 def most_columns(key_dims: int, value_dims: int) -> int:
@@ -87,22 +110,24 @@ def column_table(keys: SpectralQuantizer, values: SpectralQuantizer, most: int) 
     layouts = keys.layout, values.layout
     heads = layouts[0].heads
     made = [[head_columns(layout, h) for h in range(heads)] for layout in layouts]
-    if any(len(c.order) > most or len(c.runs) > MOST_RUNS for part in made for c in part):
+    if any(
+        len(c.order) > most or len(c.runs) > 2 * MOST_RUNS or len(c.words) > 2 * MOST_WORDS for part in made for c in part
+    ):
         return None
     start = HEADER_INTS + 2 * heads * ENTRY_INTS
     entries: list[int] = []
-    runs: list[int] = []
+    lists: list[int] = []
     for part, (layout, own) in enumerate(zip(layouts, made, strict=True)):
         for h, columns in enumerate(own):
-            first = layout.first_words[h]
-            held = layout.first_words[h + 1] - first
-            entries += [start + len(runs), len(columns.runs), 0, first + part * keys.words, held, len(columns.order)]
-            runs += [number for run in columns.runs for number in run]
+            first = start + len(lists)
+            entries += [first, len(columns.words) // 2, first + len(columns.words), len(columns.runs) // 2]
+            entries += [layout.first_words[h] + part * keys.words, len(columns.order)]
+            lists += [*columns.words, *columns.runs]
     width = max(most, values.synthesis.shape[-1])
-    orders = [start + len(runs), start + len(runs) + heads * most]
+    orders = [start + len(lists), start + len(lists) + heads * most]
     table = [
         heads, keys.words + values.words, layouts[0].stored, layouts[1].stored, width, orders[1], orders[0], *([0] * 9),
-        *entries, *runs,
+        *entries, *lists,
     ]  # fmt: skip
     for part, own in enumerate(made):
         for columns in own:
@@ -129,23 +154,12 @@ def lookup() -> mx.array:
     return result
 
 
-def shared_bytes(most: int, key_dims: int, warps: int, rows: int, stage: int) -> int:
+def shared_bytes(most: int, key_dims: int) -> int:
     """What a thread group needs, see VqColumnSpace in columns.h."""
     stride = most + 8
-    head = 4 * (24 + LOOKUP + 2 * MOST_RUNS * RUN_INTS) + 2 * QUERIES * stride
-    packed = head + warps * (128 * rows * stage + 64 * rows * stride)
-    gathering = head + 4 * warps * QUERIES * (most + 2)
-    return max(packed, gathering, 4 * QUERIES * (key_dims + 64))
-
-
-@functools.cache
-def warps_of(most: int, key_dims: int, stage: int, place: str) -> int:
-    """Warps of a thread group: as many as fit beside a second group, or alone; 0 when not one does."""
-    if place == "host":
-        return 2
-    beside = [w for w in range(3, 9) if shared_bytes(most, key_dims, w, ROWS, stage) <= 115_600]
-    alone = [w for w in range(1, 9) if shared_bytes(most, key_dims, w, ROWS, stage) <= 231_000]
-    return max(beside or alone, default=0)
+    head = 4 * (24 + LOOKUP + 4 * (MOST_WORDS + MOST_RUNS)) + 2 * QUERIES * stride
+    gathering = 4 * WARPS * QUERIES * (most + 2)
+    return max(head + max(2 * TOKENS * stride, gathering), 4 * QUERIES * (key_dims + 64))
 
 
 def fold(step: "Step", most: int, table: mx.array) -> Launch:
@@ -164,7 +178,7 @@ def fold(step: "Step", most: int, table: mx.array) -> Launch:
     )
 
 
-def attend(step: "Step", most: int, table: mx.array, folded: list[mx.array], warps: int, stage: int) -> Launch:
+def attend(step: "Step", most: int, table: mx.array, folded: list[mx.array]) -> Launch:
     """The launch of vq_attend_columns."""
     key_dims = step.queries.shape[3]
     every = (*step.every, step.rows)
@@ -175,8 +189,7 @@ def attend(step: "Step", most: int, table: mx.array, folded: list[mx.array], war
         [(*every, 2), (*every, max(most, step.value_dims))],
         [mx.float32, mx.float32],
         (step.every[1], step.planes, -(-step.rows // QUERIES)),
-        warps * 32,
-        shared_bytes(most, key_dims, warps, ROWS, stage),
-        (("T", step.queries.dtype), ("DK", key_dims), ("DV", step.value_dims), ("MC", most), ("WARPS", warps),
-         ("ROWS", ROWS), ("STAGE", stage)),
+        WARPS * 32,
+        shared_bytes(most, key_dims),
+        (("T", step.queries.dtype), ("DK", key_dims), ("DV", step.value_dims), ("MC", most)),
     )  # fmt: skip

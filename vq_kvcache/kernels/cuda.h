@@ -63,6 +63,11 @@ VQ_FN void vq_load2(const uint* from, uint& a, uint& b) {
   a = x.x, b = x.y;
 }
 
+VQ_FN void vq_load4(uint* to, const uint* from) {
+  const uint4 x = __ldg(reinterpret_cast<const uint4*>(from));
+  to[0] = x.x, to[1] = x.y, to[2] = x.z, to[3] = x.w;
+}
+
 // Words of a tile, fetched ahead: `words` rows of TOKENS tokens; `left` tokens exist, a multiple of four. Each call is one
 // group of copies; vq_stage_wait leaves the newest group under way.
 #define VQ_STAGED 1

@@ -84,6 +84,8 @@ VQ_FN vq_half2 vq_sub(vq_half2 a, vq_half2 b) { return {(vq_half)(a.x - b.x), (v
 VQ_FN uint vq_pair(uint a, uint b, int byte) { return (a >> 8 * byte & 0xffff) | b >> 8 * byte << 16; }
 VQ_FN void vq_load2(const uint* from, uint& a, uint& b) { a = from[0], b = from[1]; }
 
+VQ_FN void vq_load4(uint* to, const uint* from) { memcpy(to, from, 16); }
+
 template <int TOKENS>
 VQ_FN void vq_stage(uint* to, const uint* from, int capacity, int left, int words, int lane) {
   for (int i = lane; i < words * TOKENS; i += 32)

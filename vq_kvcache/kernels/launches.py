@@ -247,14 +247,12 @@ def _step(
 
 
 def _by_columns(keys: SpectralQuantizer, values: SpectralQuantizer, dims: tuple[int, int], place: str) -> Any:
-    """(columns, table, warps, words fetched ahead) of columns.h, or None where attend.h serves."""
-    if place == "metal":
-        return None
+    """(columns, table) of columns.h, or None where attend.h serves."""
     most = columns.most_columns(*dims)
+    if place == "metal" or columns.shared_bytes(most, dims[0]) > 231_000:
+        return None
     table = columns.column_table(keys, values, most)
-    stage = next(n for n in STAGES if n >= head_words(keys, values))
-    warps = columns.warps_of(most, dims[0], stage, place)
-    return (most, table, warps, stage) if table is not None and warps else None
+    return None if table is None else (most, table)
 
 
 def attend(
@@ -267,11 +265,11 @@ def attend(
     element = 4 if queries.dtype == mx.float32 else 2
     found = _by_columns(keys, values, (key_dims, value_dims), place) if element == 2 else None
     if found:
-        most, table, warps, stage = found
-        tile, row_tiles = 32 * columns.ROWS, -(-rows // columns.QUERIES)
-        step = _step(snapshot, queries, scale, mask, sinks is not None, tile, row_tiles, warps, place)
+        most, table = found
+        row_tiles = -(-rows // columns.QUERIES)
+        step = _step(snapshot, queries, scale, mask, sinks is not None, columns.TOKENS, row_tiles, 1, place)
         folded = run(columns.fold(step, most, table), place)
-        return columns.attend(step, most, table, folded, warps, stage), (step, table, sinks)
+        return columns.attend(step, most, table, folded), (step, table, sinks)
     stage = 0 if place == "metal" else next(n for n in STAGES if n >= head_words(keys, values))
     key_rows, value_rows, warps = group_of(key_dims, value_dims, element, stage, place)
     row_tiles = -(-rows // QUERIES)

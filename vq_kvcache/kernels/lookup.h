@@ -1,21 +1,21 @@
-// From packed words to levels in half precision, a token a row: each lane turns whole words of tokens of its own, and
-// their levels lie side by side in the token's row of a tile [tokens, columns]. columns.py says which column is which
-// coordinate. For compilers with a byte permutation (CUDA, and the host's): it looks up four small indices at once.
+// From packed words to levels in half precision, a token a row: the levels of a word lie side by side in the token's row
+// of a tile [tokens, columns]. A warp takes one word of many tokens, so that all its lanes do the same and what depends
+// on the word alone is done once. columns.py says which column is which coordinate. For compilers with a byte permutation (CUDA, and the host's): it looks up four small indices at once.
 
 enum {
   VQ_ALONE_LEVELS = 16,  // in `lookup`: the levels of codes alone, in halves, width by width; before them tables of rings
   VQ_LOOKUP = 272,       // 32-bit words of `lookup`
-  VQ_RUN_INTS = 8,
+  VQ_LANE_TOKENS = 8,    // of a word, that a lane turns: four neighbours, and four more
 };
 
-// A run of words of one content: a segment of packing.py, with the columns that it fills: `groups` of eight from
-// `column` on for each word, and `pairs` of two from `tail` on.
+// Codes of one width in a word, and the columns that they fill: eights from `column` on, pairs from `tail` on.
 struct VqRun {
-  int ring, width, shift, slots, words, first_word, column, tail;
+  int ring, width, slots, shift, column, tail;
 };
 
 VQ_FN VqRun vq_run(VQ_SHARED(const int) at) {
-  const VqRun p = {at[0] >> 8, at[0] & 255, at[1], at[2], at[3], at[4], at[5], at[6]};
+  const int a = at[0], b = at[1];
+  const VqRun p = {a & 1, a >> 1 & 15, a >> 8 & 63, a >> 16, b & 0xffff, b >> 16};
   return p;
 }
 
@@ -141,11 +141,10 @@ struct VqRing<5> {
   }
 };
 
-// A tile: rows of STRIDE halves, a token each; this lane's tokens are 32 apart. staged: words [words, TOKENS], from this
-// lane's first token on. ROWS: tokens of a lane.
-template <int W, int ROWS, int STRIDE>
-VQ_FN void vq_put_rings(VQ_THREAD const VqRun& p, VQ_SHARED(const uint) staged, VQ_SHARED(const uint) lookup,
-                        VQ_SHARED(vq_half) row) {
+// A run of a word, x of this lane's tokens, into their rows of a tile: `row` is the first, the others are 32 rows apart.
+template <int W, int STRIDE>
+VQ_FN void vq_put_ring(VQ_THREAD const VqRun& p, VQ_THREAD const uint (&x)[VQ_LANE_TOKENS],
+                       VQ_SHARED(const uint) lookup, VQ_SHARED(vq_half) row) {
   VqRingBook book;
   VQ_SHARED(const uint) own = lookup + (W == 1 ? 0 : W == 2 ? 2 : 3 * W - 3);
   if (W == 1) book.bytes.low[0] = book.bytes.low[1] = own[0], book.bytes.high[0] = book.bytes.high[1] = own[1];
@@ -154,59 +153,49 @@ VQ_FN void vq_put_rings(VQ_THREAD const VqRun& p, VQ_SHARED(const uint) staged, 
     VQ_UNROLL
     for (int i = 0; i < 3; ++i) book.c[i] = vq_as_half2(own[i]);
   }
-  staged += p.first_word * ROWS * 32;
   VQ_SHARED(vq_half) at = row + p.column;
   VQ_SHARED(vq_half) tail = row + p.tail;
-  const int step = W == 1 ? (p.slots <= 16 ? 16 : 32) : W == 2 ? (p.slots <= 8 ? 8 : 16) : 8;
   VQ_LOOP
-  for (int w = 0; w < p.words; ++w) {
+  for (int h = 0; h < 2; ++h) {
     VQ_UNROLL
-    for (int r = 0; r < ROWS; ++r)
-      VqRing<W>::put(staged[r * 32] >> p.shift, p.slots, book, at + r * 32 * STRIDE, tail + r * 32 * STRIDE);
-    staged += ROWS * 32, at += step, tail += 2;
+    for (int r = 0; r < 4; ++r)
+      VqRing<W>::put((h ? x[4 + r] : x[r]) >> p.shift, p.slots, book, at + r * 32 * STRIDE, tail + r * 32 * STRIDE);
+    at += 128 * STRIDE, tail += 128 * STRIDE;
   }
 }
 
-template <int ROWS, int STRIDE>
-VQ_FN void vq_put_alone(VQ_THREAD const VqRun& p, VQ_SHARED(const uint) staged, VQ_SHARED(const uint) lookup,
-                        VQ_SHARED(vq_half) row) {
+template <int STRIDE>
+VQ_FN void vq_put_alone(VQ_THREAD const VqRun& p, VQ_THREAD const uint (&x)[VQ_LANE_TOKENS],
+                        VQ_SHARED(const uint) lookup, VQ_SHARED(vq_half) row) {
   VQ_SHARED(const unsigned short) levels = (VQ_SHARED(const unsigned short))(lookup + VQ_ALONE_LEVELS) + (1 << p.width) - 2;
   const uint mask = (1u << p.width) - 1u;
-  staged += p.first_word * ROWS * 32;
   VQ_SHARED(vq_half) tail = row + p.tail;
+  int shift = p.shift;
   VQ_LOOP
-  for (int w = 0; w < p.words; ++w) {
-    uint x[ROWS];
+  for (int s = 0; s < p.slots; s += 2) {
     VQ_UNROLL
-    for (int r = 0; r < ROWS; ++r) x[r] = staged[r * 32] >> p.shift;
-    VQ_LOOP
-    for (int s = 0; s < p.slots; s += 2) {
-      VQ_UNROLL
-      for (int r = 0; r < ROWS; ++r) {
-        const uint next = x[r] >> p.width;
-        vq_put2(tail + r * 32 * STRIDE, levels[x[r] & mask] | (uint)levels[next & mask] << 16);
-        x[r] = next >> p.width;
-      }
-      tail += 2;
+    for (int r = 0; r < VQ_LANE_TOKENS; ++r) {
+      const uint two = x[r] >> shift;
+      vq_put2(tail + r * 32 * STRIDE, levels[two & mask] | (uint)levels[two >> p.width & mask] << 16);
     }
-    staged += ROWS * 32;
+    tail += 2, shift += 2 * p.width;
   }
 }
 
-// All runs of keys, or of values, of a head into this lane's rows.
-template <int ROWS, int STRIDE>
-VQ_FN void vq_put_rows(VQ_SHARED(const int) runs, int count, VQ_SHARED(const uint) staged,
+// All runs of a word.
+template <int STRIDE>
+VQ_FN void vq_put_word(VQ_SHARED(const int) runs, int count, VQ_THREAD const uint (&x)[VQ_LANE_TOKENS],
                        VQ_SHARED(const uint) lookup, VQ_SHARED(vq_half) row) {
   VQ_LOOP
   for (int i = 0; i < count; ++i) {
-    const VqRun p = vq_run(runs + i * VQ_RUN_INTS);
+    const VqRun p = vq_run(runs + 2 * i);
     switch (p.ring ? p.width : 0) {
-      case 0: vq_put_alone<ROWS, STRIDE>(p, staged, lookup, row); break;
-      case 1: vq_put_rings<1, ROWS, STRIDE>(p, staged, lookup, row); break;
-      case 2: vq_put_rings<2, ROWS, STRIDE>(p, staged, lookup, row); break;
-      case 3: vq_put_rings<3, ROWS, STRIDE>(p, staged, lookup, row); break;
-      case 4: vq_put_rings<4, ROWS, STRIDE>(p, staged, lookup, row); break;
-      case 5: vq_put_rings<5, ROWS, STRIDE>(p, staged, lookup, row); break;
+      case 0: vq_put_alone<STRIDE>(p, x, lookup, row); break;
+      case 1: vq_put_ring<1, STRIDE>(p, x, lookup, row); break;
+      case 2: vq_put_ring<2, STRIDE>(p, x, lookup, row); break;
+      case 3: vq_put_ring<3, STRIDE>(p, x, lookup, row); break;
+      case 4: vq_put_ring<4, STRIDE>(p, x, lookup, row); break;
+      case 5: vq_put_ring<5, STRIDE>(p, x, lookup, row); break;
     }
   }
 }
