@@ -12,7 +12,7 @@ import pytest
 from conftest import numpy
 
 from vq_kvcache import doctor, kernels, storage, trust
-from vq_kvcache.kernels import launches
+from vq_kvcache.kernels import launches, steps
 
 ON_CPU = mx.default_device().type == mx.DeviceType.cpu
 PLACES = ("host", "metal") if ON_CPU else (kernels.backend(),)
@@ -73,6 +73,7 @@ def test_decoding_gives_the_levels_of_plain_operations(bits, dtype, place):
 
 
 def test_a_tile_may_hold_a_part_of_the_dims(monkeypatch):
+    steps._tables.cache_clear()
     monkeypatch.setattr(launches, "group_of", lambda key_dims, value_dims, *rest: (key_dims // 2, value_dims // 2, 1))
     case = doctor.Case(128, 64, bits=3.0, length=2, mask="causal")
     error, own = doctor.compare(case, PLACE, run)

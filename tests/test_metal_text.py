@@ -9,7 +9,7 @@ import mlx.core as mx
 import pytest
 
 from vq_kvcache import doctor
-from vq_kvcache.kernels import launches
+from vq_kvcache.kernels import launches, steps
 
 SMALL = doctor.Case(64, 64, heads=1, group=1, tokens=131)  # inputs of fewer than eight elements
 CASES = [
@@ -35,9 +35,10 @@ inline float first(VQ_SHARED(const float) x) { return x[0]; }
 def launches_of(case):
     """The launches of `attend` and `merge`."""
     p = doctor.problem(case)
-    launch, rest = launches.attend(p.held, p.queries, p.scale, p.mask, p.sinks, "metal")
+    plan, operands = steps.step(p.held, p.queries, p.scale, p.mask, p.sinks, "metal")
+    launch = steps.parts_launch(plan, operands)
     parts = [mx.zeros(s, t) for s, t in zip(launch.output_shapes, launch.output_dtypes, strict=True)]
-    return launch, launches.merge(parts, rest)
+    return launch, steps.merge_launch(plan, operands, parts)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

@@ -11,7 +11,7 @@ from typing import Literal
 import mlx.core as mx
 
 from . import kernels
-from .kernels import launches
+from .kernels import launches, steps
 from .rows import Rows
 from .spectral.intercept import original_attention
 from .storage import Snapshot
@@ -72,8 +72,8 @@ def attend_codes(
     run: Run = kernels.run,
 ) -> mx.array:
     """`attend` by the kernels, for at most launches.MOST_QUERIES tokens; `run` launches one at `place`."""
-    launch, rest = launches.attend(snapshot, queries, scale, mask, sinks, place, run)
-    return run(launches.merge(run(launch, place), rest), place)[0]
+    plan, operands = steps.step(snapshot, queries, scale, mask, sinks, place)
+    return steps.attend(plan, operands) if run is kernels.run else steps.attend_by(run, plan, operands)
 
 
 def _decoded_bytes(snapshot: Snapshot, heads: int) -> int:

@@ -22,6 +22,7 @@ VARIABLE = "VQ_KVCACHE_BACKEND"
 FOLDER = pathlib.Path(__file__).resolve().parent
 TEXTS = ("helpers.h", "products.h", "attend.h", "lookup.h", "columns.h", "merge.h", "encode.h", "decode.h")
 NOT_METAL = ("products.h", "lookup.h", "columns.h")  # it has products of its own, and no byte permutation
+SHARED_BYTES, MOST_THREADS = 232_448, 2048  # of a multiprocessor on CUDA
 LEAST_INPUT = 8  # elements: Metal keeps smaller inputs in another address space
 
 # Where a thread group is, as every call of a body wants it; {floats} of shared memory, in fours.
@@ -68,8 +69,8 @@ FOLD = Body(
 )
 COLUMNS = Body(
     "columns",
-    ("q", "keys", "values", *CHUNK_NAMES, "rows", "folded", "mean_score", "table", "lookup", "params", "scale", "hidden",
-     "added"),
+    ("q", "keys", "values", *CHUNK_NAMES, "rows", "folded", "mean_score", "table", "lookup", "params", "scale",
+     "hidden", "added"),
     ("sums", "outputs"),
     "vq_attend_columns<T, DK, DV, MC>(q, keys, values, VQ_CHUNK_NAMES, rows, folded, mean_score, "
     "table, lookup, params, scale, hidden, added, sums, outputs, vq_shared, vq_x, vq_y, vq_z, vq_thread);\n",
@@ -141,11 +142,15 @@ def backend() -> Backend:
 
 
 @functools.cache
-def _kernel(body: Body, place: str, shared: int) -> Any:
+def _kernel(body: Body, place: str, shared: int, threads: int) -> Any:
     top = header(place)
+    if place == "cuda":
+        # MLX writes the signature; registers are to leave room for as many groups as shared memory does.
+        groups = min(max(SHARED_BYTES // max(shared, 1), 1), MOST_THREADS // threads, 2)
+        top += f"\n#define __global__ __attribute__((global)) __launch_bounds__({threads}, {groups})\n"
     source = PROLOGUES[place].replace("{floats}", str(max(-(-shared // 16), 1))) + body.call
-    # The name tells variants apart, and so must their shared memory.
-    name = f"vq_{body.name}_{hashlib.sha256((top + source).encode()).hexdigest()[:12]}_{shared}"
+    # The name tells variants apart, and so must their shared memory and threads.
+    name = f"vq_{body.name}_{hashlib.sha256((top + source).encode()).hexdigest()[:12]}_{shared}_{threads}"
     names: dict[str, Any] = {"input_names": list(body.inputs), "output_names": list(body.outputs)}
     if place == "metal":
         return mx.fast.metal_kernel(name=name, **names, source=source, header=top)
@@ -159,7 +164,7 @@ def _padded(array: mx.array) -> mx.array:
 def run(launch: Launch, place: str, **options: Any) -> list[mx.array]:
     """Launch at `place`; the outputs, lazy. `options` go to MLX's kernel."""
     x, y, z = launch.groups
-    result: list[mx.array] = _kernel(launch.body, place, launch.shared)(
+    result: list[mx.array] = _kernel(launch.body, place, launch.shared, launch.threads)(
         inputs=[_padded(a) for a in launch.inputs] if place == "metal" else list(launch.inputs),
         output_shapes=list(launch.output_shapes),
         output_dtypes=list(launch.output_dtypes),

@@ -16,7 +16,7 @@ from ..spectral.spectral_quant import SpectralQuantizer
 from . import COLUMNS, FOLD, Launch
 
 if TYPE_CHECKING:
-    from .launches import Step
+    from .steps import Operands, Plan
 
 QUERIES = 8  # of a thread group
 TOKENS = 256  # of a tile
@@ -105,13 +105,15 @@ def most_columns(key_dims: int, value_dims: int) -> int:
 
 @functools.lru_cache(maxsize=1024)
 def column_table(keys: SpectralQuantizer, values: SpectralQuantizer, most: int) -> mx.array | None:
-    """int32: header, entries of the heads of keys and then of values, runs, and the order of each head's `most` columns;
-    None when a head needs more columns or runs than there are."""
+    """int32: header, entries of the heads of keys and then of values, words and runs, and the order of each head's
+    columns; None when a head needs more columns or runs than there are."""
     layouts = keys.layout, values.layout
     heads = layouts[0].heads
     made = [[head_columns(layout, h) for h in range(heads)] for layout in layouts]
     if any(
-        len(c.order) > most or len(c.runs) > 2 * MOST_RUNS or len(c.words) > 2 * MOST_WORDS for part in made for c in part
+        len(c.order) > most or len(c.runs) > 2 * MOST_RUNS or len(c.words) > 2 * MOST_WORDS
+        for part in made
+        for c in part
     ):
         return None
     start = HEADER_INTS + 2 * heads * ENTRY_INTS
@@ -162,34 +164,34 @@ def shared_bytes(most: int, key_dims: int) -> int:
     return max(head + max(2 * TOKENS * stride, gathering), 4 * QUERIES * (key_dims + 64))
 
 
-def fold(step: "Step", most: int, table: mx.array) -> Launch:
+def fold(plan: "Plan", o: "Operands") -> Launch:
     """The launch of vq_fold_columns."""
-    tiles = -(-step.rows // QUERIES)
-    queries = step.queries
+    shape = plan.shape
+    tiles, most = shape.row_tiles, shape.columns
     return Launch(
         FOLD,
-        [queries, step.keys.synthesis, step.keys.mean, table, step.params, step.scale],
-        [(step.planes, tiles, QUERIES, most), (step.planes, tiles, QUERIES)],
+        [o.queries, o.key_basis, o.key_mean, o.table, o.params, o.scale],
+        [(shape.planes, tiles, QUERIES, most), (shape.planes, tiles, QUERIES)],
         [mx.float16, mx.float32],
-        (-(-most // 32), step.planes, tiles),
+        (-(-most // 32), shape.planes, tiles),
         FOLD_THREADS,
         0,
-        (("T", queries.dtype), ("DK", queries.shape[3]), ("MC", most), ("TILES", tiles), ("THREADS", FOLD_THREADS)),
+        (("T", shape.dtype), ("DK", shape.key_dims), ("MC", most), ("TILES", tiles), ("THREADS", FOLD_THREADS)),
     )
 
 
-def attend(step: "Step", most: int, table: mx.array, folded: list[mx.array]) -> Launch:
+def attend(plan: "Plan", o: "Operands", folded: list[mx.array]) -> Launch:
     """The launch of vq_attend_columns."""
-    key_dims = step.queries.shape[3]
-    every = (*step.every, step.rows)
+    shape = plan.shape
+    most, every = shape.columns, (shape.planes, plan.splits, shape.rows)
     return Launch(
         COLUMNS,
-        [step.queries, step.exact_keys, step.exact_values, *step.words, step.held, *folded, table, lookup(),
-         step.params, step.scale, *step.masks],
-        [(*every, 2), (*every, max(most, step.value_dims))],
+        [o.queries, o.exact_keys, o.exact_values, *o.words, o.held, *folded, o.table, lookup(), o.params, o.scale,
+         o.hidden, o.added],
+        [(*every, 2), (*every, max(most, shape.value_dims))],
         [mx.float32, mx.float32],
-        (step.every[1], step.planes, -(-step.rows // QUERIES)),
+        (plan.splits, shape.planes, shape.row_tiles),
         WARPS * 32,
-        shared_bytes(most, key_dims),
-        (("T", step.queries.dtype), ("DK", key_dims), ("DV", step.value_dims), ("MC", most)),
+        shared_bytes(most, shape.key_dims),
+        (("T", shape.dtype), ("DK", shape.key_dims), ("DV", shape.value_dims), ("MC", most)),
     )  # fmt: skip

@@ -1,8 +1,6 @@
 """What each kernel is launched with: the tables of a layer, the numbers of a step, and how work is split."""
 
-import dataclasses
 import functools
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
@@ -12,19 +10,16 @@ from ..rows import Rows
 from ..spectral import codebook, trellis
 from ..spectral.packing import Layout
 from ..spectral.spectral_quant import Quantizer, SpectralQuantizer
-from . import ATTEND, DECODE, ENCODE, MERGE, Launch, columns, run
+from . import DECODE, ENCODE, Launch, run
 
 if TYPE_CHECKING:
     from ..storage import Snapshot
-
-Run = Callable[[Launch, str], list[mx.array]]
 
 TOKENS = 64  # of a tile, VQ_TOKENS
 QUERIES = 16  # of a thread group
 HEAD_DIMS = (64, 80, 96, 112, 128, 192, 256)
 MASK_KINDS = {"none": 0, "causal": 1, "bool": 2, "added": 3}
 MOST_QUERIES = 16  # tokens at once that `attend` takes; prompts go another way
-MERGE_THREADS = 128
 ENCODE_THREADS = 128
 _COEFFICIENTS = 8
 HEAD_INTS = 6
@@ -97,42 +92,47 @@ def word_table(quantizer: SpectralQuantizer) -> mx.array:
 
 
 @functools.lru_cache(maxsize=64)
-def _ints(numbers: tuple[int, ...]) -> mx.array:
+def ints(numbers: tuple[int, ...]) -> mx.array:
+    """int32 of these numbers, kept for the layers of a step."""
     return mx.array(numbers, mx.int32)
 
 
 @functools.lru_cache(maxsize=64)
-def _scale(scale: float) -> mx.array:
+def scale(scale: float) -> mx.array:
+    """What scores are multiplied with, in bits."""
     return mx.array([scale * 1.4426950408889634] * 8, mx.float32)
 
 
 @functools.lru_cache(maxsize=64)
-def _rows(layout: Rows) -> mx.array:
+def rows(layout: Rows) -> mx.array:
+    """int32 [4 B]: what each row holds."""
     counts = zip(layout.held_sinks, layout.window_start, layout.packed_tokens, strict=True)
     flat = [n for sinks, start, packed in counts for n in (sinks, start, layout.window_end, packed)]
     return mx.array(flat, mx.int32)
 
 
 @functools.cache
-def _nothing(dtype: mx.Dtype) -> mx.array:
+def nothing(dtype: mx.Dtype) -> mx.array:
+    """An operand that is not read."""
     return _evaluated(mx.zeros(8, dtype))
 
 
-def _padded(words: mx.array) -> mx.array:
+def padded(words: mx.array) -> mx.array:
+    """Words [B, W, T] with T a multiple of four."""
     return mx.pad(words, [(0, 0), (0, 0), (0, -words.shape[-1] % 4)])
 
 
-def _chunk_inputs(snapshot: "Snapshot", tile: int = TOKENS) -> tuple[list[mx.array], list[int], int]:
-    """The word buffers, eight of them, (tokens, capacity) of each, and tiles of `tile` tokens in all."""
-    words = [w if w.shape[-1] % 4 == 0 else _padded(w) for w, _ in snapshot.packed]
+def chunk_inputs(snapshot: "Snapshot") -> tuple[list[mx.array], list[int], int]:
+    """The word buffers, eight of them, (tokens, capacity) of each, and tiles in all."""
+    words = [w if w.shape[-1] % 4 == 0 else padded(w) for w, _ in snapshot.packed]
     counts = [n for (_, tokens), w in zip(snapshot.packed, words, strict=True) for n in (tokens, w.shape[-1])]
-    tiles = sum(-(-tokens // tile) for _, tokens in snapshot.packed)
+    tiles = sum(-(-tokens // TOKENS) for _, tokens in snapshot.packed)
     return words + [words[0]] * (8 - len(words)), counts, tiles
 
 
-def _mask_inputs(mask: Any) -> tuple[int, tuple[int, int, int, int], mx.array, mx.array]:
+def mask_inputs(mask: Any) -> tuple[int, tuple[int, int, int, int], mx.array, mx.array]:
     """(kind, strides, bool mask, additive mask)."""
-    hidden, added = _nothing(mx.uint8), _nothing(mx.float32)
+    hidden, added = nothing(mx.uint8), nothing(mx.float32)
     if not isinstance(mask, mx.array):
         return MASK_KINDS["none" if mask is None else mask], (0, 0, 0, 0), hidden, added
     wide = mask.reshape((1,) * (4 - mask.ndim) + mask.shape)
@@ -193,127 +193,12 @@ GROUPS = {"cuda": 264, "metal": 240, "host": 24}  # that fill a GPU: two on each
 METAL_BYTES = 32_768  # of a thread group
 
 
-@dataclasses.dataclass(frozen=True)
-class Step:
-    """The operands of one attention, as the kernels want them."""
-
-    keys: SpectralQuantizer
-    values: SpectralQuantizer
-    queries: mx.array
-    exact_keys: mx.array
-    exact_values: mx.array
-    words: list[mx.array]
-    held: mx.array
-    params: mx.array
-    scale: mx.array
-    masks: tuple[mx.array, mx.array]
-    planes: int  # heads of all batch rows
-    rows: int  # queries of a head
-    every: tuple[int, int]  # planes, splits
-
-    @property
-    def value_dims(self) -> int:
-        """Dv."""
-        return int(self.exact_values.shape[3])
-
-
-def _step(
-    snapshot: "Snapshot", queries: mx.array, scale: float, mask: Any, sinks: bool, tile: int, row_tiles: int, warps: int,
-    place: str,
-) -> Step:  # fmt: skip
-    """`tile` tokens of a warp at a time, `row_tiles` thread groups for the queries of a head."""
-    keys, values = _spectral(snapshot)
-    batch, query_heads, length, _ = queries.shape
-    heads = snapshot.exact_keys.shape[1]
-    planes, layout = batch * heads, snapshot.layout
-    words, counts, tiles = _chunk_inputs(snapshot, tile)
-    exact_most = max(s + layout.window_end - w for s, w in zip(layout.held_sinks, layout.window_start, strict=True))
-    exact_splits = -(-exact_most // TOKENS)
-    room = GROUPS[place] // (planes * row_tiles)
-    # Groups of exact tokens end soon: where there are many, packed ones follow them.
-    free = room - exact_splits if exact_splits <= room // 4 else room
-    splits = max(1, min(free, -(-tiles // warps), MOST_SPLITS - exact_splits))
-    each = -(-tiles // splits)
-    splits = -(-tiles // each)
-    kind, strides, hidden, added = _mask_inputs(mask)
-    params = _ints((
-        batch, heads, query_heads // heads, length, exact_splits, splits, snapshot.exact_keys.shape[2], tiles, each, kind,
-        *strides, len(snapshot.packed), int(sinks), *counts,
-    ))  # fmt: skip
-    return Step(
-        keys, values, queries, snapshot.exact_keys, snapshot.exact_values, words, _rows(layout), params, _scale(scale),
-        (hidden, added), planes, query_heads // heads * length, (planes, exact_splits + splits),
-    )  # fmt: skip
-
-
-def _by_columns(keys: SpectralQuantizer, values: SpectralQuantizer, dims: tuple[int, int], place: str) -> Any:
-    """(columns, table) of columns.h, or None where attend.h serves."""
-    most = columns.most_columns(*dims)
-    if place == "metal" or columns.shared_bytes(most, dims[0]) > 231_000:
-        return None
-    table = columns.column_table(keys, values, most)
-    return None if table is None else (most, table)
-
-
-def attend(
-    snapshot: "Snapshot", queries: mx.array, scale: float, mask: Any, sinks: mx.array | None, place: str, run: Run = run
-) -> tuple[Launch, "tuple[Any, ...]"]:
-    """The launch of attend.h or columns.h, and what `merge` needs besides its outputs; what must go before is run."""
-    keys, values = _spectral(snapshot)
-    key_dims, value_dims = queries.shape[3], snapshot.exact_values.shape[3]
-    rows = queries.shape[1] // snapshot.exact_keys.shape[1] * queries.shape[2]
-    element = 4 if queries.dtype == mx.float32 else 2
-    found = _by_columns(keys, values, (key_dims, value_dims), place) if element == 2 else None
-    if found:
-        most, table = found
-        row_tiles = -(-rows // columns.QUERIES)
-        step = _step(snapshot, queries, scale, mask, sinks is not None, columns.TOKENS, row_tiles, 1, place)
-        folded = run(columns.fold(step, most, table), place)
-        return columns.attend(step, most, table, folded), (step, table, sinks)
-    stage = 0 if place == "metal" else next(n for n in STAGES if n >= head_words(keys, values))
-    key_rows, value_rows, warps = group_of(key_dims, value_dims, element, stage, place)
-    row_tiles = -(-rows // QUERIES)
-    step = _step(snapshot, queries, scale, mask, sinks is not None, TOKENS, row_tiles, warps, place)
-    table = layer_table(keys, values)
-    every = (*step.every, rows)
-    launch = Launch(
-        ATTEND,
-        [queries, step.exact_keys, step.exact_values, *step.words, step.held, keys.synthesis, keys.mean, table,
-         levels(), step.params, step.scale, *step.masks],
-        [(*every, 2), (*every, value_dims)],
-        [mx.float32, mx.float32],
-        (step.every[1], step.planes, row_tiles),
-        warps * 32,
-        shared_bytes(key_dims, value_dims, max(key_rows, value_rows), element, warps, stage, place),
-        (("T", queries.dtype), ("DK", key_dims), ("DV", value_dims), ("KROWS", key_rows), ("VROWS", value_rows),
-         ("WARPS", warps), ("STAGE", stage)),
-    )  # fmt: skip
-    return launch, (step, table, sinks)
-
-
-def merge(parts: list[mx.array], rest: tuple[Any, ...]) -> Launch:
-    """The launch of merge.h."""
-    step, table, sinks = rest
-    logits = _nothing(mx.float32) if sinks is None else sinks.astype(mx.float32)
-    threads = min(MERGE_THREADS, step.value_dims)
-    return Launch(
-        MERGE,
-        [*parts, step.values.synthesis, step.values.mean, logits, table, step.params],
-        [(*step.queries.shape[:3], step.value_dims)],
-        [step.queries.dtype],
-        (step.rows, step.planes, 1),
-        threads,
-        4 * (MOST_SPLITS + step.value_dims + 2),
-        (("T", step.queries.dtype), ("DV", step.value_dims), ("THREADS", threads)),
-    )
-
-
 def encode(quantizer: SpectralQuantizer, x: mx.array) -> Launch:
     """The launch of encode.h for vectors [B, H, T, D]; the transform itself is a product of matrices."""
     z = (x.astype(mx.float32) - quantizer.mean) @ quantizer.analysis
     batch, heads, tokens, stored = z.shape
     table = word_table(quantizer)
-    params = _ints((tokens, quantizer.words, heads, stored, table.shape[1], 0, 0, 0))
+    params = ints((tokens, quantizer.words, heads, stored, table.shape[1], 0, 0, 0))
     return Launch(
         ENCODE,
         [z, table, levels(), params],
@@ -328,12 +213,12 @@ def encode(quantizer: SpectralQuantizer, x: mx.array) -> Launch:
 
 def decode(snapshot: "Snapshot", part: int, first_head: int, heads: int, dtype: mx.Dtype) -> Launch:
     """The launch of decode.h: levels [B, heads, dims, tokens, to an even number] of keys (0) or values (1)."""
-    keys, values = _spectral(snapshot)
-    words, counts, tiles = _chunk_inputs(snapshot)
+    keys, values = spectral(snapshot)
+    words, counts, tiles = chunk_inputs(snapshot)
     tokens, all_heads = snapshot.packed_tokens, keys.layout.heads
     dims = (keys, values)[part].layout.stored
     stride = tokens + tokens % 2
-    params = _ints(
+    params = ints(
         (heads, first_head, 16 + part * all_heads * HEAD_INTS, tokens, stride, len(snapshot.packed), dims, 0, *counts)
     )
     batch = snapshot.exact_keys.shape[0]
@@ -349,7 +234,8 @@ def decode(snapshot: "Snapshot", part: int, first_head: int, heads: int, dtype: 
     )
 
 
-def _spectral(snapshot: "Snapshot") -> tuple[SpectralQuantizer, SpectralQuantizer]:
+def spectral(snapshot: "Snapshot") -> tuple[SpectralQuantizer, SpectralQuantizer]:
+    """The quantizers, which must be spectral."""
     keys, values = snapshot.key_quantizer, snapshot.value_quantizer
     if not (isinstance(keys, SpectralQuantizer) and isinstance(values, SpectralQuantizer)):
         raise ValueError("the kernels read spectral codes; expected SpectralQuantizers; use plain operations.")
@@ -358,7 +244,7 @@ def _spectral(snapshot: "Snapshot") -> tuple[SpectralQuantizer, SpectralQuantize
 
 def decode_heads(snapshot: "Snapshot", part: int, first_head: int, heads: int, place: str) -> mx.array:
     """Packed keys (0) or values (1) of some heads, [B, heads, P, D] in the model's dtype."""
-    quantizer = _spectral(snapshot)[part]
+    quantizer = spectral(snapshot)[part]
     dtype = (snapshot.exact_keys, snapshot.exact_values)[part].dtype
     chosen = slice(first_head, first_head + heads)
     synthesis, mean = quantizer.synthesis[chosen], quantizer.mean[chosen]
@@ -396,7 +282,7 @@ def fits(snapshot: "Snapshot", queries: mx.array, place: str) -> bool:
         return False
     dims = snapshot.exact_keys.shape[3], snapshot.exact_values.shape[3]
     types = {queries.dtype, snapshot.exact_keys.dtype, snapshot.exact_values.dtype}
-    fetched = head_words(*_spectral(snapshot)) <= STAGES[-1]
+    fetched = head_words(*spectral(snapshot)) <= STAGES[-1]
     if not (fetched and set(dims) <= set(HEAD_DIMS) and len(types) == 1):
         return False
     return has_room(*dims, queries.dtype, place)

@@ -1,0 +1,211 @@
+"""One attention over a cache as launches: queries folded, tokens attended to split by split, splits merged.
+
+What is the same in every layer of a decoding step is found once (`plan_of`), and the launches of one plan are traced
+once by MLX (`attend`): what Python does for a layer is then little beside the kernels.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import mlx.core as mx
+
+from ..rows import Rows
+from ..spectral.spectral_quant import SpectralQuantizer
+from . import ATTEND, MERGE, Launch, columns, launches, run
+
+if TYPE_CHECKING:
+    from ..storage import Snapshot
+
+Run = Callable[[Launch, str], list[mx.array]]
+QUERIES = 16  # of a thread group of attend.h
+MERGE_THREADS = 128
+GROUPS = {"cuda": 264, "metal": 240, "host": 24}  # that fill a GPU: two on each of 132 multiprocessors, six of 40 cores
+GROUP_BYTES = 231_000  # of one thread group on CUDA
+
+
+class Shape(NamedTuple):
+    """What the operands of a plan look like, and which kernel takes them: columns.h with `columns` of them, or attend.h
+    (0) with `group`: rows of a tile of keys and of values, warps, words fetched ahead."""
+
+    place: str
+    dtype: mx.Dtype
+    batch: int
+    heads: int
+    group_queries: int
+    length: int
+    key_dims: int
+    value_dims: int
+    columns: int
+    group: tuple[int, int, int, int]
+
+    @property
+    def rows(self) -> int:
+        """Queries of a KV head."""
+        return self.group_queries * self.length
+
+    @property
+    def planes(self) -> int:
+        """KV heads of all rows of the batch."""
+        return self.batch * self.heads
+
+    @property
+    def row_tiles(self) -> int:
+        """Thread groups that share a split."""
+        return -(-self.rows // (columns.QUERIES if self.columns else QUERIES))
+
+    @property
+    def tokens(self) -> int:
+        """Packed tokens that a warp, or with columns a thread group, takes at a time."""
+        return columns.TOKENS if self.columns else launches.TOKENS
+
+
+class Plan(NamedTuple):
+    """How the work of a shape is split. splits: all of them, those of exact tokens first."""
+
+    shape: Shape
+    splits: int
+
+
+class Operands(NamedTuple):
+    """The arrays of one attention."""
+
+    queries: mx.array
+    exact_keys: mx.array
+    exact_values: mx.array
+    held: mx.array
+    params: mx.array
+    scale: mx.array
+    hidden: mx.array
+    added: mx.array
+    table: mx.array
+    key_basis: mx.array
+    key_mean: mx.array
+    value_basis: mx.array
+    value_mean: mx.array
+    logits: mx.array
+    words: Sequence[mx.array]
+
+
+@functools.lru_cache(maxsize=1024)
+def _tables(keys: SpectralQuantizer, values: SpectralQuantizer, wide: bool, place: str) -> Any:
+    """(columns or 0, table, group): which kernel reads these codes, and with what."""
+    dims = keys.synthesis.shape[-1], values.synthesis.shape[-1]
+    most = columns.most_columns(*dims)
+    if not wide and place != "metal" and columns.shared_bytes(most, dims[0]) <= GROUP_BYTES:
+        table = columns.column_table(keys, values, most)
+        if table is not None:
+            return most, table, (0, 0, 0, 0)
+    stage = 0 if place == "metal" else next(n for n in launches.STAGES if n >= launches.head_words(keys, values))
+    group = launches.group_of(*dims, 4 if wide else 2, stage, place)
+    return 0, launches.layer_table(keys, values), (*group, stage)
+
+
+@functools.lru_cache(maxsize=256)
+def _numbers(
+    shape: Shape, layout: Rows, capacity: int, chunks: tuple[tuple[int, int], ...], mask: tuple[int, ...], sinks: bool
+) -> tuple[Plan, mx.array, mx.array]:
+    """The plan, `params` and `rows`. chunks: tokens and capacity of each; mask: its kind and strides."""
+    exact_most = max(s + layout.window_end - w for s, w in zip(layout.held_sinks, layout.window_start, strict=True))
+    exact = -(-exact_most // launches.TOKENS)
+    tiles = sum(-(-tokens // shape.tokens) for tokens, _ in chunks)
+    room = GROUPS[shape.place] // (shape.planes * shape.row_tiles)
+    # Groups of exact tokens end soon: where there are many, packed ones follow them.
+    free = room - exact if exact <= room // 4 else room
+    splits = max(1, min(free, -(-tiles // max(shape.group[2], 1)), launches.MOST_SPLITS - exact))
+    each = -(-tiles // splits)
+    splits = -(-tiles // each)
+    flat = [number for chunk in chunks for number in chunk]
+    params = (
+        shape.batch, shape.heads, shape.group_queries, shape.length, exact, splits, capacity, tiles, each, *mask,
+        len(chunks), int(sinks), *flat,
+    )  # fmt: skip
+    return Plan(shape, exact + splits), launches.ints(params), launches.rows(layout)
+
+
+def step(
+    snapshot: "Snapshot", queries: mx.array, scale: float, mask: Any, sinks: mx.array | None, place: str
+) -> tuple[Plan, Operands]:
+    """How the attention of these queries is launched, and with what."""
+    keys, values = launches.spectral(snapshot)
+    batch, query_heads, length, key_dims = queries.shape
+    _, heads, capacity, value_dims = snapshot.exact_values.shape
+    most, table, group = _tables(keys, values, queries.dtype == mx.float32, place)
+    shape = Shape(
+        place, queries.dtype, batch, heads, query_heads // heads, length, key_dims, value_dims, most, group
+    )  # fmt: skip
+    words = [launches.padded(w) if w.shape[-1] % 4 else w for w, _ in snapshot.packed]
+    chunks = tuple((tokens, w.shape[-1]) for (_, tokens), w in zip(snapshot.packed, words, strict=True))
+    kind, strides, hidden, added = launches.mask_inputs(mask)
+    plan, params, held = _numbers(shape, snapshot.layout, capacity, chunks, (kind, *strides), sinks is not None)
+    logits = launches.nothing(mx.float32) if sinks is None else sinks.astype(mx.float32)
+    return plan, Operands(
+        queries, snapshot.exact_keys, snapshot.exact_values, held, params, launches.scale(scale), hidden, added, table,
+        keys.synthesis, keys.mean, values.synthesis, values.mean, logits, words + [words[0]] * (8 - len(words)),
+    )  # fmt: skip
+
+
+def _attend_launch(plan: Plan, o: Operands) -> Launch:
+    """The launch of attend.h."""
+    shape = plan.shape
+    key_rows, value_rows, warps, stage = shape.group
+    every = (shape.planes, plan.splits, shape.rows)
+    element = shape.dtype.size
+    dims = shape.key_dims, shape.value_dims
+    return Launch(
+        ATTEND,
+        [o.queries, o.exact_keys, o.exact_values, *o.words, o.held, o.key_basis, o.key_mean, o.table, launches.levels(),
+         o.params, o.scale, o.hidden, o.added],
+        [(*every, 2), (*every, shape.value_dims)],
+        [mx.float32, mx.float32],
+        (plan.splits, shape.planes, shape.row_tiles),
+        warps * 32,
+        launches.shared_bytes(*dims, max(key_rows, value_rows), element, warps, stage, shape.place),
+        (("T", shape.dtype), ("DK", dims[0]), ("DV", dims[1]), ("KROWS", key_rows), ("VROWS", value_rows),
+         ("WARPS", warps), ("STAGE", stage)),
+    )  # fmt: skip
+
+
+def parts_launch(plan: Plan, o: Operands, run: Run = run) -> Launch:
+    """The launch that attends, split by split; what must go before it is run."""
+    if not plan.shape.columns:
+        return _attend_launch(plan, o)
+    return columns.attend(plan, o, run(columns.fold(plan, o), plan.shape.place))
+
+
+def merge_launch(plan: Plan, o: Operands, parts: list[mx.array]) -> Launch:
+    """The launch of merge.h."""
+    shape = plan.shape
+    threads = min(MERGE_THREADS, shape.value_dims)
+    return Launch(
+        MERGE,
+        [*parts, o.value_basis, o.value_mean, o.logits, o.table, o.params],
+        [(*o.queries.shape[:3], shape.value_dims)],
+        [shape.dtype],
+        (shape.rows, shape.planes, 1),
+        threads,
+        4 * (launches.MOST_SPLITS + shape.value_dims + 2),
+        (("T", shape.dtype), ("DV", shape.value_dims), ("THREADS", threads)),
+    )
+
+
+def attend_by(run: Run, plan: Plan, o: Operands) -> mx.array:
+    """The attention [B, Hq, L, Dv], launch by launch through `run`."""
+    place = plan.shape.place
+    parts = run(parts_launch(plan, o, run), place)
+    return run(merge_launch(plan, o, parts), place)[0]
+
+
+@functools.lru_cache(maxsize=256)
+def _traced(plan: Plan) -> Callable[..., mx.array]:
+    def all_launches(*arrays: mx.array) -> mx.array:
+        first = len(Operands._fields) - 1
+        return attend_by(run, plan, Operands(*arrays[:first], arrays[first:]))
+
+    traced: Callable[..., mx.array] = mx.compile(all_launches)
+    return traced
+
+
+def attend(plan: Plan, o: Operands) -> mx.array:
+    """The same, traced once for each plan: MLX would otherwise put the kernels' text together at every launch."""
+    return _traced(plan)(*o[:-1], *o.words)
