@@ -79,8 +79,8 @@ MERGE = Body(
     "merge",
     ("sums", "outputs", "unfold", "mean", "sink_logits", "table", "params"),
     ("result",),
-    "vq_merge<T, DV>(sums, outputs, unfold, mean, sink_logits, table, params, result, vq_shared, vq_x, vq_y, "
-    "vq_thread, THREADS);\n",
+    "vq_merge<T, DV, PARTS>(sums, outputs, unfold, mean, sink_logits, table, params, result, vq_shared, vq_x, vq_y, "
+    "vq_thread);\n",
 )
 ENCODE = Body(
     "encode",

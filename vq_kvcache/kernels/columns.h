@@ -15,7 +15,8 @@ enum { VQ_KEY_ORDER = 6, VQ_COLUMN_ENTRY = 16, VQ_MOST_WORDS = 64, VQ_MOST_RUNS 
 VQ_FN int vq_token_of(int row) { return (row & ~127) + (row & 31) * 4 + (row >> 5 & 3); }
 
 // Queries in the basis of the codes, once for all splits: folded [planes, tiles of 8 queries, 8, MC], in the order of the
-// columns, and the share of the keys' mean in every score, mean_score [planes, tiles, 8]. x: 32 columns.
+// columns, and the share of the keys' mean in every score, mean_score [planes, tiles, 8]. x: as many columns as warps, and
+// after all of them the mean.
 template <typename T, int DK, int MC>
 VQ_FN void vq_fold_columns(VQ_IN(T) q, VQ_IN(float) fold, VQ_IN(float) mean, VQ_IN(int) table, VQ_IN(int) params,
                            VQ_IN(float) scale, VQ_OUT(vq_half) folded, VQ_OUT(float) mean_score, int x, int y, int z,
@@ -32,39 +33,33 @@ VQ_FN void vq_fold_columns(VQ_IN(T) q, VQ_IN(float) fold, VQ_IN(float) mean, VQ_
       own[r][i] = r < at.rows && d < DK ? vq_query<T, DK>(q, params, at, at.first + r, d) * scale[0] : 0.0f;
     }
   }
-  VQ_IN(int) order = table + table[VQ_KEY_ORDER] + at.head * MC;
-  VQ_IN(float) basis = fold + at.head * table[VQ_KEY_ROWS] * DK;
-  const int until = x * 32 + 32 < MC ? x * 32 + 32 : MC, warps = threads / 32;
-  VQ_LOOP
-  for (int n = x * 32 + at.warp; n <= until; n += warps) {  // one more for the mean, by the first 32 columns
-    if (n == until && x > 0) return;
-    const int coordinate = n < until ? order[n] : 0;
-    VQ_IN(float) row = n < until ? basis + coordinate * DK : mean + at.head * DK;
-    float sum[VQ_QUERIES];
+  const int n = x * (threads / 32) + at.warp, base = (y * tiles + z) * VQ_QUERIES;
+  if (n > MC) return;
+  const int coordinate = n < MC ? table[table[VQ_KEY_ORDER] + at.head * MC + n] : 0;
+  VQ_IN(float) row = n < MC ? fold + (at.head * table[VQ_KEY_ROWS] + coordinate) * DK : mean + at.head * DK;
+  float sum[VQ_QUERIES];
+  VQ_UNROLL
+  for (int r = 0; r < VQ_QUERIES; ++r) sum[r] = 0.0f;
+  if (coordinate >= 0) {
     VQ_UNROLL
-    for (int r = 0; r < VQ_QUERIES; ++r) sum[r] = 0.0f;
-    if (coordinate >= 0) {
+    for (int i = 0; i < parts; ++i) {
+      const float basis = i * 32 + at.lane < DK ? row[i * 32 + at.lane] : 0.0f;
       VQ_UNROLL
-      for (int i = 0; i < parts; ++i) {
-        const float y_i = i * 32 + at.lane < DK ? row[i * 32 + at.lane] : 0.0f;
-        VQ_UNROLL
-        for (int r = 0; r < VQ_QUERIES; ++r) sum[r] = vq_fma(own[r][i], y_i, sum[r]);
-      }
-      VQ_UNROLL
-      for (uint bit = 16; bit; bit /= 2) {
-        VQ_UNROLL
-        for (int r = 0; r < VQ_QUERIES; ++r) sum[r] += vq_shuffle_xor(sum[r], bit);
-      }
+      for (int r = 0; r < VQ_QUERIES; ++r) sum[r] = vq_fma(own[r][i], basis, sum[r]);
     }
-    const int base = (y * tiles + z) * VQ_QUERIES;
     VQ_UNROLL
-    for (int r = 0; r < VQ_QUERIES; ++r) {
-      if (at.lane != r) continue;
-      if (n < until) {
-        vq_set(folded[(base + r) * MC + n], sum[r]);
-      } else {
-        mean_score[base + r] = sum[r];
-      }
+    for (uint bit = 16; bit; bit /= 2) {
+      VQ_UNROLL
+      for (int r = 0; r < VQ_QUERIES; ++r) sum[r] += vq_shuffle_xor(sum[r], bit);
+    }
+  }
+  VQ_UNROLL
+  for (int r = 0; r < VQ_QUERIES; ++r) {
+    if (at.lane != r) continue;
+    if (n < MC) {
+      vq_set(folded[(base + r) * MC + n], sum[r]);
+    } else {
+      mean_score[base + r] = sum[r];
     }
   }
 }
@@ -77,26 +72,23 @@ struct VqColumnSums {
 };
 
 // s [tokens, 8] = tile [tokens, columns] q^T.
-template <int STRIDE>
-VQ_FN void vq_score_tokens(VQ_THREAD float (&s)[2][4], VQ_SHARED(const vq_half) q,
-                           VQ_SHARED(const vq_half) tile, int columns, int lane) {
+template <int MC, int STRIDE>
+VQ_FN void vq_score_tokens(VQ_THREAD float (&s)[2][4], VQ_SHARED(const vq_half) q, VQ_SHARED(const vq_half) tile,
+                           int columns, int lane) {
   VQ_UNROLL
   for (int m = 0; m < 2; ++m) s[m][0] = s[m][1] = s[m][2] = s[m][3] = 0.0f;
   q += lane % 8 * STRIDE + lane / 8 * 8;
   tile += lane % 16 * STRIDE + lane / 16 * 8;
-  VQ_LOOP
-  for (int k = 0; k < columns; k += 32) {
-    uint b[4];
-    vq_ldmatrix(b, q + k);
+  uint b[4];
+  VQ_UNROLL
+  for (int k = 0; k < MC; k += 16) {
+    if (k >= columns) break;
+    if (k % 32 == 0) vq_ldmatrix(b, q + k);  // of this k and the next
     VQ_UNROLL
-    for (int half = 0; half < 2; ++half) {
-      if (k + 16 * half >= columns) break;
-      VQ_UNROLL
-      for (int m = 0; m < 2; ++m) {
-        uint a[4];
-        vq_ldmatrix(a, tile + m * 16 * STRIDE + k + half * 16);
-        vq_mma(s[m], a, b[2 * half], b[2 * half + 1]);
-      }
+    for (int m = 0; m < 2; ++m) {
+      uint a[4];
+      vq_ldmatrix(a, tile + m * 16 * STRIDE + k);
+      vq_mma(s[m], a, b[k % 32 / 8], b[k % 32 / 8 + 1]);
     }
   }
 }
@@ -135,11 +127,12 @@ VQ_FN void vq_soften_tokens(VQ_THREAD float (&s)[2][4], VQ_THREAD VqColumnSums<M
     for (uint bit = 4; bit <= 16; bit *= 2) top = vq_max(top, vq_shuffle_xor(top, bit));
     change[e] = vq_exp2(running.top[e] - top);
     float sum = running.sum[e] * change[e];
+    const float seen = vq_max(top, 0.5f * VQ_LOWEST);  // so that hidden scores have no weight where all are hidden
     VQ_UNROLL
     for (int m = 0; m < 2; ++m) {
       VQ_UNROLL
       for (int i = e; i < 4; i += 2) {
-        s[m][i] = vq_weight(s[m][i], top);
+        s[m][i] = vq_exp2(s[m][i] - seen);
         sum += s[m][i];
       }
     }
@@ -218,13 +211,13 @@ VQ_FN void vq_gather_columns(VQ_THREAD VqColumnSums<MC>& running, VQ_SHARED(cons
 template <int MC>
 struct VqColumnSpace {
   enum {
-    stride = MC + 8, chunks = 8, lookup = 24, lists = lookup + VQ_LOOKUP, list = 2 * (VQ_MOST_WORDS + VQ_MOST_RUNS),
+    stride = MC + 8, chunks = 8, entries = 24, lookup = entries + 2 * 8, lists = lookup + VQ_LOOKUP, list = 2 * (VQ_MOST_WORDS + VQ_MOST_RUNS),
     folded = lists + 2 * list, tile = folded + VQ_QUERIES * stride / 2,
   };
 };
 
 // The word that a list names, of this lane's tokens.
-VQ_FN void vq_load_word(VQ_THREAD uint (&x)[VQ_LANE_TOKENS], VQ_SHARED(const int) word, VQ_IN(int) entry,
+VQ_FN void vq_load_word(VQ_THREAD uint (&x)[VQ_LANE_TOKENS], VQ_SHARED(const int) word, VQ_SHARED(const int) entry,
                         VQ_THREAD const VqTile& t, VQ_THREAD const VqPlace& at) {
   VQ_IN(uint) from = t.words + (size_t)(entry[4] + (word[0] & 0xffff)) * t.capacity + 4 * at.lane;
   VQ_UNROLL
@@ -247,16 +240,19 @@ VQ_FN void vq_attend_columns_packed(VQ_IN(vq_half) folded_in, VQ_IN(float) mean_
   VQ_SHARED(vq_half) folded = (VQ_SHARED(vq_half))(shared + Space::folded);
   VQ_SHARED(vq_half) tile = (VQ_SHARED(vq_half))(shared + Space::tile);
   const int worker = at.warp * 32 + at.lane, heads = params[VQ_H];
-  VQ_IN(int) key_entry = table + VQ_COLUMN_ENTRY + at.head * VQ_HEAD_INTS;
-  VQ_IN(int) value_entry = key_entry + heads * VQ_HEAD_INTS;
+  VQ_SHARED(int) key_entry = (VQ_SHARED(int))(shared + Space::entries);
+  VQ_SHARED(int) value_entry = key_entry + 8;
+  if (worker < 16 && worker % 8 < VQ_HEAD_INTS)
+    key_entry[worker] = table[VQ_COLUMN_ENTRY + (worker / 8 * heads + at.head) * VQ_HEAD_INTS + worker % 8];
   const int total_words = table[VQ_TOTAL_WORDS], count = params[VQ_CHUNKS];
   int i = (at.split - params[VQ_EXACT_SPLITS]) * params[VQ_TILES_PER_SPLIT];
   int last_tile = i + params[VQ_TILES_PER_SPLIT];
   if (last_tile > params[VQ_TILES]) last_tile = params[VQ_TILES];
   if (worker < 16) chunks[worker] = worker < 2 * count ? params[VQ_CHUNK_TABLE + worker] : 0;
   for (int k = worker; k < VQ_LOOKUP; k += THREADS) lookup[k] = lookup_in[k];
+  VQ_SYNC_GROUP();
   for (int part = 0; part < 2; ++part) {
-    VQ_IN(int) entry = part ? value_entry : key_entry;
+    VQ_SHARED(const int) entry = part ? value_entry : key_entry;
     VQ_SHARED(int) words = lists + part * Space::list;
     for (int k = worker; k < 2 * entry[1]; k += THREADS) words[k] = table[entry[0] + k];
     for (int k = worker; k < 2 * entry[3]; k += THREADS) words[2 * VQ_MOST_WORDS + k] = table[entry[2] + k];
@@ -285,7 +281,7 @@ VQ_FN void vq_attend_columns_packed(VQ_IN(vq_half) folded_in, VQ_IN(float) mean_
     VqTile next = t;
     VQ_LOOP
     for (int part = 0; part < 2; ++part) {  // keys, then values: a loop, so that the decoder is in the program once
-      VQ_IN(int) entry = part ? value_entry : key_entry;
+      VQ_SHARED(const int) entry = part ? value_entry : key_entry;
       VQ_SHARED(const int) words = lists + part * Space::list;
       VQ_LOOP
       for (int w = at.warp; w < entry[1]; w += VQ_COLUMN_WARPS) {
@@ -296,15 +292,15 @@ VQ_FN void vq_attend_columns_packed(VQ_IN(vq_half) folded_in, VQ_IN(float) mean_
       }
       // While the products run, the next words come: of values, or of the next tile's keys.
       if (part == 1 && i + 1 < last_tile)
-        next = vq_find_tile<VQ_COLUMN_TOKENS>(chunks, count, VQ_CHUNK_NAMES, i + 1, held.packed, total_words, at.batch);
+        next = vq_next_tile<VQ_COLUMN_TOKENS>(t, chunks, count, VQ_CHUNK_NAMES, i + 1, held.packed, total_words, at.batch);
       if (part == 0 || i + 1 < last_tile) {
-        VQ_IN(int) other = part ? key_entry : value_entry;
+        VQ_SHARED(const int) other = part ? key_entry : value_entry;
         if (at.warp < other[1]) vq_load_word(x, lists + (1 - part) * Space::list + 2 * at.warp, other, next, at);
       }
       VQ_SYNC_GROUP();
       VQ_SHARED(const vq_half) rows = tile + at.warp * 32 * STRIDE;
       if (part == 0) {
-        vq_score_tokens<STRIDE>(s, folded, rows, entry[5], at.lane);
+        vq_score_tokens<MC, STRIDE>(s, folded, rows, entry[5], at.lane);
         vq_hide_tokens(s, t, held, params, hidden, added, at);
         vq_soften_tokens<MC>(s, running);
       } else {

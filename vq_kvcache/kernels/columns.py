@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 QUERIES = 8  # of a thread group
 TOKENS = 256  # of a tile
 WARPS = 8
-FOLD_THREADS = 128
+FOLD_THREADS = 256
 MOST_WORDS = 64  # of a head's keys, or values
 MOST_RUNS = 192
 ENTRY_INTS = 6
@@ -159,7 +159,7 @@ def lookup() -> mx.array:
 def shared_bytes(most: int, key_dims: int) -> int:
     """What a thread group needs, see VqColumnSpace in columns.h."""
     stride = most + 8
-    head = 4 * (24 + LOOKUP + 4 * (MOST_WORDS + MOST_RUNS)) + 2 * QUERIES * stride
+    head = 4 * (40 + LOOKUP + 4 * (MOST_WORDS + MOST_RUNS)) + 2 * QUERIES * stride
     gathering = 4 * WARPS * QUERIES * (most + 2)
     return max(head + max(2 * TOKENS * stride, gathering), 4 * QUERIES * (key_dims + 64))
 
@@ -173,7 +173,7 @@ def fold(plan: "Plan", o: "Operands") -> Launch:
         [o.queries, o.key_basis, o.key_mean, o.table, o.params, o.scale],
         [(shape.planes, tiles, QUERIES, most), (shape.planes, tiles, QUERIES)],
         [mx.float16, mx.float32],
-        (-(-most // 32), shape.planes, tiles),
+        (-(-(most + 1) // (FOLD_THREADS // 32)), shape.planes, tiles),
         FOLD_THREADS,
         0,
         (("T", shape.dtype), ("DK", shape.key_dims), ("MC", most), ("TILES", tiles), ("THREADS", FOLD_THREADS)),

@@ -36,7 +36,11 @@ VQ_FN void vq_set(VQ_THREAD float& to, float x) { to = x; }
 VQ_FN void vq_set(__half& to, float x) { to = __float2half_rn(x); }
 VQ_FN void vq_set(__nv_bfloat16& to, float x) { to = __float2bfloat16_rn(x); }
 
-VQ_FN float vq_exp2(float x) { return exp2f(x); }
+VQ_FN float vq_exp2(float x) {  // what is no normal number counts as nothing
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
 VQ_FN float vq_max(float a, float b) { return fmaxf(a, b); }
 VQ_FN float vq_fma(float a, float b, float c) { return fmaf(a, b, c); }
 VQ_FN float vq_shuffle_xor(float x, uint bit) { return __shfl_xor_sync(0xffffffffu, x, bit); }

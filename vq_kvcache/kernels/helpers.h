@@ -234,7 +234,7 @@ VQ_FN void vq_decode_tile(VQ_THREAD const VqBook& book, Q words, int stride, boo
 // Where a tile of packed tokens of one batch row lies, and how many of them the row holds.
 struct VqTile {
   VQ_IN(uint) words;
-  int capacity, first, token, valid;
+  int capacity, tokens, first, token, valid;
 };
 
 // `chunks`: tokens and capacity of each chunk. total_words: of keys and values of all heads.
@@ -254,6 +254,16 @@ VQ_FN VqTile vq_find_tile(VQ_SHARED(const int) chunks, int count, VQ_CHUNK_ARGUM
                                 : (chunk < 6 ? (chunk == 4 ? w4 : w5) : (chunk == 6 ? w6 : w7));
   t.capacity = chunks[2 * chunk + 1];
   t.words = words + (size_t)batch * total_words * t.capacity + token;
-  t.token = token, t.first = first + token, t.valid = until - token;
+  t.tokens = tokens, t.token = token, t.first = first + token, t.valid = until - token;
   return t;
+}
+
+// The tile after t, within its chunk or from the next one on; `tile` is its number.
+template <int TOKENS>
+VQ_FN VqTile vq_next_tile(VQ_THREAD const VqTile& t, VQ_SHARED(const int) chunks, int count, VQ_CHUNK_ARGUMENTS, int tile,
+                          int packed, int total_words, int batch) {
+  if (t.token + TOKENS >= t.tokens) return vq_find_tile<TOKENS>(chunks, count, VQ_CHUNK_NAMES, tile, packed, total_words, batch);
+  VqTile next = t;
+  next.words += TOKENS, next.first += TOKENS, next.token += TOKENS, next.valid -= TOKENS;
+  return next;
 }

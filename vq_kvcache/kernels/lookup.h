@@ -19,11 +19,12 @@ VQ_FN VqRun vq_run(VQ_SHARED(const int) at) {
   return p;
 }
 
-// The codes of a ring of `whole` bits, each with its neighbours' bits: indices of W + 1 bits. That of an even slot s
-// stands at bit s W + RAISE, that of the odd slot s + 1 there in `odd`.
-template <int W, int RAISE>
-VQ_FN void vq_indices(uint x, int whole, VQ_THREAD uint& even, VQ_THREAD uint& odd) {
-  const uint f = x & (0xffffffffu >> (32 - whole));
+// The codes of a ring, each with its neighbours' bits: indices of W + 1 bits. That of an even slot s stands at bit
+// s W + RAISE, that of the odd slot s + 1 there in `odd`. FULL: as many slots as a word holds.
+template <int W, int RAISE, bool FULL>
+VQ_FN void vq_indices(uint x, int slots, VQ_THREAD uint& even, VQ_THREAD uint& odd) {
+  const int whole = FULL ? 32 / W * W : W * slots;
+  const uint f = whole == 32 ? x : x & (0xffffffffu >> (32 - whole));
   const uint one = f << W | f >> (whole - W), two = f << 2 * W | f >> (whole - 2 * W);
   const uint turned = f ^ (two & VqFields<W>::low);
   const uint lows = VqFields<W>::even << RAISE, codes = VqFields<W>::even * VqFields<W>::mask << (1 + RAISE);
@@ -70,10 +71,10 @@ struct VqRing;
 
 template <>
 struct VqRing<1> {
-  VQ_FN void put(uint x, int slots, VQ_THREAD const VqRingBook& book, VQ_SHARED(vq_half) at,
-                                 VQ_SHARED(vq_half)) {
+  template <bool FULL>
+  VQ_FN void put(uint x, int slots, VQ_THREAD const VqRingBook& book, VQ_SHARED(vq_half) at, VQ_SHARED(vq_half)) {
     uint even, odd;
-    vq_indices<1, 0>(x, slots, even, odd);
+    vq_indices<1, 0, FULL>(x, slots, even, odd);
     const uint first = even & 0x33333333u, second = even >> 2 & 0x33333333u;
     const uint third = odd & 0x33333333u, fourth = odd >> 2 & 0x33333333u;
     uint r[4];
@@ -81,7 +82,7 @@ struct VqRing<1> {
     vq_put8(at, r);
     vq_four(book.bytes, third, r[0], r[1]), vq_four(book.bytes, fourth, r[2], r[3]);
     vq_put8(at + 8, r);
-    if (slots <= 16) return;
+    if (!FULL && slots <= 16) return;
     vq_four(book.bytes, first >> 16, r[0], r[1]), vq_four(book.bytes, second >> 16, r[2], r[3]);
     vq_put8(at + 16, r);
     vq_four(book.bytes, third >> 16, r[0], r[1]), vq_four(book.bytes, fourth >> 16, r[2], r[3]);
@@ -91,13 +92,13 @@ struct VqRing<1> {
 
 template <>
 struct VqRing<2> {
-  VQ_FN void put(uint x, int slots, VQ_THREAD const VqRingBook& book, VQ_SHARED(vq_half) at,
-                                 VQ_SHARED(vq_half)) {
+  template <bool FULL>
+  VQ_FN void put(uint x, int slots, VQ_THREAD const VqRingBook& book, VQ_SHARED(vq_half) at, VQ_SHARED(vq_half)) {
     uint even, odd, r[4];
-    vq_indices<2, 0>(x, 2 * slots, even, odd);
+    vq_indices<2, 0, FULL>(x, slots, even, odd);
     vq_four(book.bytes, even, r[0], r[1]), vq_four(book.bytes, odd, r[2], r[3]);
     vq_put8(at, r);
-    if (slots <= 8) return;
+    if (!FULL && slots <= 8) return;
     vq_four(book.bytes, even >> 16, r[0], r[1]), vq_four(book.bytes, odd >> 16, r[2], r[3]);
     vq_put8(at + 8, r);
   }
@@ -105,10 +106,10 @@ struct VqRing<2> {
 
 template <>
 struct VqRing<3> {
-  VQ_FN void put(uint x, int slots, VQ_THREAD const VqRingBook& book, VQ_SHARED(vq_half) at,
-                                 VQ_SHARED(vq_half) tail) {
+  template <bool FULL>
+  VQ_FN void put(uint x, int slots, VQ_THREAD const VqRingBook& book, VQ_SHARED(vq_half) at, VQ_SHARED(vq_half) tail) {
     uint even, odd;
-    vq_indices<3, 1>(x, 3 * slots, even, odd);
+    vq_indices<3, 1, FULL>(x, slots, even, odd);
     const uint r[4] = {vq_two<4, 1, 3>(even, book.c), vq_two<4, 1, 3>(even >> 6, book.c),
                        vq_two<4, 1, 3>(odd, book.c), vq_two<4, 1, 3>(odd >> 6, book.c)};
     vq_put8(at, r);
@@ -118,10 +119,10 @@ struct VqRing<3> {
 
 template <>
 struct VqRing<4> {
-  VQ_FN void put(uint x, int slots, VQ_THREAD const VqRingBook& book, VQ_SHARED(vq_half) at,
-                                 VQ_SHARED(vq_half)) {
+  template <bool FULL>
+  VQ_FN void put(uint x, int slots, VQ_THREAD const VqRingBook& book, VQ_SHARED(vq_half) at, VQ_SHARED(vq_half)) {
     uint even, odd;
-    vq_indices<4, 1>(x, 4 * slots, even, odd);
+    vq_indices<4, 1, FULL>(x, slots, even, odd);
     const uint r[4] = {vq_two<5, 1, 1>(even, book.c), vq_two<5, 1, 1>(even >> 8, book.c),
                        vq_two<5, 1, 1>(odd, book.c), vq_two<5, 1, 1>(odd >> 8, book.c)};
     vq_put8(at, r);
@@ -130,10 +131,10 @@ struct VqRing<4> {
 
 template <>
 struct VqRing<5> {
-  VQ_FN void put(uint x, int slots, VQ_THREAD const VqRingBook& book, VQ_SHARED(vq_half) at,
-                                 VQ_SHARED(vq_half)) {
+  template <bool FULL>
+  VQ_FN void put(uint x, int slots, VQ_THREAD const VqRingBook& book, VQ_SHARED(vq_half) at, VQ_SHARED(vq_half)) {
     uint even, odd;
-    vq_indices<5, 1>(x, 5 * slots, even, odd);
+    vq_indices<5, 1, FULL>(x, slots, even, odd);
     const uint r[4] = {vq_two<6, 1, 1>((even & 0xffffu) | even >> 20 << 16, book.c),
                        vq_two<6, 1, 1>((odd & 0xffffu) | odd >> 20 << 16, book.c),
                        vq_two<6, 1, 1>((even >> 10 & 0xffffu) | odd >> 10 << 16, book.c), 0u};
@@ -155,28 +156,41 @@ VQ_FN void vq_put_ring(VQ_THREAD const VqRun& p, VQ_THREAD const uint (&x)[VQ_LA
   }
   VQ_SHARED(vq_half) at = row + p.column;
   VQ_SHARED(vq_half) tail = row + p.tail;
-  VQ_LOOP
-  for (int h = 0; h < 2; ++h) {
-    VQ_UNROLL
-    for (int r = 0; r < 4; ++r)
-      VqRing<W>::put((h ? x[4 + r] : x[r]) >> p.shift, p.slots, book, at + r * 32 * STRIDE, tail + r * 32 * STRIDE);
-    at += 128 * STRIDE, tail += 128 * STRIDE;
+  if (p.slots == 32 / W) {
+    VQ_LOOP
+    for (int h = 0; h < 2; ++h) {
+      VQ_UNROLL
+      for (int r = 0; r < 4; ++r)
+        VqRing<W>::template put<true>(h ? x[4 + r] : x[r], p.slots, book, at + r * 32 * STRIDE, tail + r * 32 * STRIDE);
+      at += 128 * STRIDE, tail += 128 * STRIDE;
+    }
+  } else {  // less often: a short program counts for more
+    VQ_LOOP
+    for (int h = 0; h < 4; ++h) {
+      VQ_UNROLL
+      for (int r = 0; r < 2; ++r) {
+        const uint word = (h & 2 ? (h & 1 ? x[6 + r] : x[4 + r]) : (h & 1 ? x[2 + r] : x[r])) >> p.shift;
+        VqRing<W>::template put<false>(word, p.slots, book, at + r * 32 * STRIDE, tail + r * 32 * STRIDE);
+      }
+      at += 64 * STRIDE, tail += 64 * STRIDE;
+    }
   }
 }
 
 template <int STRIDE>
 VQ_FN void vq_put_alone(VQ_THREAD const VqRun& p, VQ_THREAD const uint (&x)[VQ_LANE_TOKENS],
                         VQ_SHARED(const uint) lookup, VQ_SHARED(vq_half) row) {
-  VQ_SHARED(const unsigned short) levels = (VQ_SHARED(const unsigned short))(lookup + VQ_ALONE_LEVELS) + (1 << p.width) - 2;
-  const uint mask = (1u << p.width) - 1u;
+  VQ_SHARED(const char) levels = (VQ_SHARED(const char))(lookup + VQ_ALONE_LEVELS) + (2 << p.width) - 4;
+  const uint mask = (2u << p.width) - 2u;  // of codes times two, which are bytes
   VQ_SHARED(vq_half) tail = row + p.tail;
   int shift = p.shift;
   VQ_LOOP
   for (int s = 0; s < p.slots; s += 2) {
     VQ_UNROLL
     for (int r = 0; r < VQ_LANE_TOKENS; ++r) {
-      const uint two = x[r] >> shift;
-      vq_put2(tail + r * 32 * STRIDE, levels[two & mask] | (uint)levels[two >> p.width & mask] << 16);
+      const uint first = (shift ? x[r] >> (shift - 1) : x[r] << 1) & mask, second = x[r] >> (shift + p.width - 1) & mask;
+      vq_put2(tail + r * 32 * STRIDE, *(VQ_SHARED(const unsigned short))(levels + first) |
+                                          (uint) * (VQ_SHARED(const unsigned short))(levels + second) << 16);
     }
     tail += 2, shift += 2 * p.width;
   }

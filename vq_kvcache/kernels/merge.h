@@ -1,16 +1,17 @@
-// The outputs of attend.h's splits, of one query -> its attention. One thread group a query.
-// shared: [VQ_MOST_SPLITS] shares of the splits, [DV] sums in the basis of the codes, [2] totals.
+// The outputs of the splits of attend.h or columns.h, of one query -> its attention. One thread group a query: DV
+// threads of each of PARTS parts, which share the splits and then the coordinates.
+// shared: [VQ_MOST_SPLITS] shares of the splits, [PARTS, DV] sums in the basis of the codes, then of the values, [2] totals.
 enum { VQ_MOST_SPLITS = 1024 };
 
-template <typename T, int DV>
+template <typename T, int DV, int PARTS>
 VQ_FN void vq_merge(VQ_IN(float) sums, VQ_IN(float) outputs, VQ_IN(float) unfold, VQ_IN(float) mean,
                     VQ_IN(float) sink_logits, VQ_IN(int) table, VQ_IN(int) params, VQ_OUT(T) result,
-                    VQ_SHARED(float) shared, int query, int plane, int worker, int threads) {
+                    VQ_SHARED(float) shared, int query, int plane, int worker) {
   const int exact = params[VQ_EXACT_SPLITS], splits = exact + params[VQ_PACKED_SPLITS];
   const int queries = params[VQ_G] * params[VQ_L], head = plane % params[VQ_H], lane = worker % 32;
   VQ_SHARED(float) shares = shared;
   VQ_SHARED(float) folded = shared + VQ_MOST_SPLITS;
-  VQ_SHARED(float) totals = folded + DV;
+  VQ_SHARED(float) totals = folded + PARTS * DV;
   VQ_IN(float) own = sums + 2 * (plane * splits * queries + query);
   const bool sinks = params[VQ_SINKS];
   const float logit = sinks ? sink_logits[head * params[VQ_G] + query / params[VQ_L]] * 1.44269504f : VQ_LOWEST;
@@ -32,28 +33,41 @@ VQ_FN void vq_merge(VQ_IN(float) sums, VQ_IN(float) outputs, VQ_IN(float) unfold
     }
     if (lane == 0) totals[0] = total + (sinks ? vq_exp2(logit - top) : 0.0f), totals[1] = packed_total;
   }
+  const int d = worker % DV, part = worker / DV;
+  folded[worker] = 0.0f;
   VQ_SYNC_GROUP();
   const int width = table[VQ_OUTPUT_WIDTH], stored = table[VQ_VALUE_ROWS];
   VQ_IN(int) order = table + table[VQ_VALUE_ORDER] + head * width;
   const bool ordered = table[VQ_VALUE_ORDER] > 0;
   VQ_IN(float) out = outputs + (plane * splits * queries + query) * width;
-  for (int n = worker; n < DV; n += threads) folded[n] = 0.0f;
-  VQ_SYNC_GROUP();
-  for (int n = worker; n < (ordered ? width : stored); n += threads) {
+  for (int n = d; n < (ordered ? width : stored); n += DV) {
     const int coordinate = ordered ? order[n] : n;
     if (coordinate < 0) continue;
     float packed = 0.0f;
     VQ_UNROLL_BY(8)
-    for (int s = exact; s < splits; ++s) packed = vq_fma(out[s * queries * width + n], shares[s], packed);
-    folded[coordinate] = packed;
+    for (int s = exact + part; s < splits; s += PARTS) packed = vq_fma(out[s * queries * width + n], shares[s], packed);
+    folded[part * DV + coordinate] = packed;
   }
   VQ_SYNC_GROUP();
-  for (int d = worker; d < DV; d += threads) {
-    float x = totals[1] * mean[head * DV + d];
-    for (int s = 0; s < exact; ++s) x = vq_fma(out[s * queries * width + d], shares[s], x);
-    VQ_IN(float) column = unfold + head * stored * DV + d;
-    VQ_UNROLL_BY(16)
-    for (int n = 0; n < stored; ++n) x = vq_fma(folded[n], column[n * DV], x);
+  if (part == 0) {
+    VQ_UNROLL
+    for (int p = 1; p < PARTS; ++p) folded[d] += folded[p * DV + d];
+  }
+  VQ_SYNC_GROUP();
+  float x = 0.0f;
+  VQ_IN(float) column = unfold + head * stored * DV + d;
+  const int until = (part + 1) * stored / PARTS;
+  VQ_UNROLL_BY(16)
+  for (int n = part * stored / PARTS; n < until; ++n) x = vq_fma(folded[n], column[n * DV], x);
+  VQ_UNROLL_BY(4)
+  for (int s = part; s < exact; s += PARTS) x = vq_fma(out[s * queries * width + d], shares[s], x);
+  VQ_SYNC_GROUP();
+  folded[worker] = x;
+  VQ_SYNC_GROUP();
+  if (part == 0) {
+    x = totals[1] * mean[head * DV + d];
+    VQ_UNROLL
+    for (int p = 0; p < PARTS; ++p) x += folded[p * DV + d];
     vq_set(result[(plane * queries + query) * DV + d], totals[0] > 0.0f ? x / totals[0] : 0.0f);
   }
 }

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 
 Run = Callable[[Launch, str], list[mx.array]]
 QUERIES = 16  # of a thread group of attend.h
-MERGE_THREADS = 128
 GROUPS = {"cuda": 264, "metal": 240, "host": 24}  # that fill a GPU: two on each of 132 multiprocessors, six of 40 cores
 GROUP_BYTES = 231_000  # of one thread group on CUDA
 
@@ -176,16 +175,16 @@ def parts_launch(plan: Plan, o: Operands, run: Run = run) -> Launch:
 def merge_launch(plan: Plan, o: Operands, parts: list[mx.array]) -> Launch:
     """The launch of merge.h."""
     shape = plan.shape
-    threads = min(MERGE_THREADS, shape.value_dims)
+    shares = 4 if shape.value_dims <= 128 else 2
     return Launch(
         MERGE,
         [*parts, o.value_basis, o.value_mean, o.logits, o.table, o.params],
         [(*o.queries.shape[:3], shape.value_dims)],
         [shape.dtype],
         (shape.rows, shape.planes, 1),
-        threads,
-        4 * (launches.MOST_SPLITS + shape.value_dims + 2),
-        (("T", shape.dtype), ("DV", shape.value_dims), ("THREADS", threads)),
+        shares * shape.value_dims,
+        4 * (launches.MOST_SPLITS + shares * shape.value_dims + 2),
+        (("T", shape.dtype), ("DV", shape.value_dims), ("PARTS", shares)),
     )
 
 
