@@ -22,7 +22,7 @@ VARIABLE = "VQ_KVCACHE_BACKEND"
 FOLDER = pathlib.Path(__file__).resolve().parent
 TEXTS = ("helpers.h", "products.h", "attend.h", "lookup.h", "columns.h", "merge.h", "encode.h", "decode.h")
 NOT_METAL = ("products.h", "lookup.h", "columns.h")  # it has products of its own, and no byte permutation
-SHARED_BYTES, MOST_THREADS = 232_448, 2048  # of a multiprocessor on CUDA
+SHARED_BYTES, MOST_THREADS, MOST_GROUPS = 232_448, 512, 4  # of a multiprocessor on CUDA, with 128 registers a thread
 LEAST_INPUT = 8  # elements: Metal keeps smaller inputs in another address space
 
 # Where a thread group is, as every call of a body wants it; {floats} of shared memory, in fours.
@@ -146,7 +146,7 @@ def _kernel(body: Body, place: str, shared: int, threads: int) -> Any:
     top = header(place)
     if place == "cuda":
         # MLX writes the signature; registers are to leave room for as many groups as shared memory does.
-        groups = min(max(SHARED_BYTES // max(shared, 1), 1), MOST_THREADS // threads, 2)
+        groups = min(max(SHARED_BYTES // (shared + 1024), 1), max(MOST_THREADS // threads, 1), MOST_GROUPS)
         top += f"\n#define __global__ __attribute__((global)) __launch_bounds__({threads}, {groups})\n"
     source = PROLOGUES[place].replace("{floats}", str(max(-(-shared // 16), 1))) + body.call
     # The name tells variants apart, and so must their shared memory and threads.

@@ -1,18 +1,19 @@
 // attend.h for half precision where fragments of the matrix units are known (CUDA, and the host that does as they do):
 // eight queries are the columns of both products, scores [tokens, 8] and weighted sums [columns, 8].
 //
-// A thread group takes 256 packed tokens at a time. Its warps share the words: each turns those of its own for all
-// tokens (lookup.h), and then multiplies with 32 of the rows. Keys and values go through the same tile [256, columns],
+// A thread group takes 128 packed tokens at a time. Its warps share the words: each turns those of its own for all
+// tokens (lookup.h), and then multiplies with 32 of the rows. Keys and values go through the same tile [128, columns],
 // one after the other.
 
-enum { VQ_QUERIES = 8, VQ_COLUMN_TOKENS = 256, VQ_COLUMN_WARPS = 8 };
+enum { VQ_QUERIES = 8, VQ_COLUMN_TOKENS = 128, VQ_COLUMN_WARPS = 4 };
 
 // A layer's table, columns.py. An entry: where its words begin, words, where its runs begin, runs, first word, columns.
-// A word: its place and its runs, (place | runs << 16, first run), in the order in which warps take them.
-enum { VQ_KEY_ORDER = 6, VQ_COLUMN_ENTRY = 16, VQ_MOST_WORDS = 64, VQ_MOST_RUNS = 192 };
+// A word: (place | rings << 16, where its rings and then its codes alone begin | such codes << 16), in the order in which
+// warps take them. A ring: width | slots << 8 | shift << 16, column | tail << 16. A code: shift | width << 8 | column << 16.
+enum { VQ_KEY_ORDER = 6, VQ_COLUMN_ENTRY = 16, VQ_MOST_WORDS = 64, VQ_MOST_RUNS = 256 };
 
 // The token of a row of the tile: lanes turn four neighbours at a time, and rows of one store are consecutive.
-VQ_FN int vq_token_of(int row) { return (row & ~127) + (row & 31) * 4 + (row >> 5 & 3); }
+VQ_FN int vq_token_of(int row) { return row % 32 * 4 + row / 32; }
 
 // Queries in the basis of the codes, once for all splits: folded [planes, tiles of 8 queries, 8, MC], in the order of the
 // columns, and the share of the keys' mean in every score, mean_score [planes, tiles, 8]. x: as many columns as warps, and
@@ -94,11 +95,10 @@ VQ_FN void vq_score_tokens(VQ_THREAD float (&s)[2][4], VQ_SHARED(const vq_half) 
 }
 
 // Hide the scores of positions that this row does not hold or the mask hides.
-VQ_FN void vq_hide_tokens(VQ_THREAD float (&s)[2][4], VQ_THREAD const VqTile& t, VqRows held,
+VQ_FN void vq_hide_tokens(VQ_THREAD float (&s)[2][4], VQ_THREAD const VqTile& t, VqRows held, bool masked,
                           VQ_IN(int) params, VQ_IN(unsigned char) hidden, VQ_IN(float) added,
                           VQ_THREAD const VqPlace& at) {
   const int length = held.sinks + held.packed + held.end - held.start;
-  const bool masked = params[VQ_MASK_KIND] != VQ_NO_MASK;
   if (!masked && t.valid >= VQ_COLUMN_TOKENS) return;
   VQ_UNROLL
   for (int m = 0; m < 2; ++m) {
@@ -211,7 +211,7 @@ VQ_FN void vq_gather_columns(VQ_THREAD VqColumnSums<MC>& running, VQ_SHARED(cons
 template <int MC>
 struct VqColumnSpace {
   enum {
-    stride = MC + 8, chunks = 8, entries = 24, lookup = entries + 2 * 8, lists = lookup + VQ_LOOKUP, list = 2 * (VQ_MOST_WORDS + VQ_MOST_RUNS),
+    stride = MC + 8, chunks = 8, entries = 24, lookup = entries + 2 * 8, lists = lookup + VQ_LOOKUP, list = 2 * VQ_MOST_WORDS + VQ_MOST_RUNS,
     folded = lists + 2 * list, tile = folded + VQ_QUERIES * stride / 2,
   };
 };
@@ -220,9 +220,7 @@ struct VqColumnSpace {
 VQ_FN void vq_load_word(VQ_THREAD uint (&x)[VQ_LANE_TOKENS], VQ_SHARED(const int) word, VQ_SHARED(const int) entry,
                         VQ_THREAD const VqTile& t, VQ_THREAD const VqPlace& at) {
   VQ_IN(uint) from = t.words + (size_t)(entry[4] + (word[0] & 0xffff)) * t.capacity + 4 * at.lane;
-  VQ_UNROLL
-  for (int h = 0; h < 2; ++h)
-    if (t.token + 128 * h + 4 * at.lane < t.capacity) vq_load4(x + 4 * h, from + 128 * h);
+  if (t.token + 4 * at.lane < t.capacity) vq_load4(x, from);
 }
 
 // Packed tokens.
@@ -245,6 +243,7 @@ VQ_FN void vq_attend_columns_packed(VQ_IN(vq_half) folded_in, VQ_IN(float) mean_
   if (worker < 16 && worker % 8 < VQ_HEAD_INTS)
     key_entry[worker] = table[VQ_COLUMN_ENTRY + (worker / 8 * heads + at.head) * VQ_HEAD_INTS + worker % 8];
   const int total_words = table[VQ_TOTAL_WORDS], count = params[VQ_CHUNKS];
+  const bool masked = params[VQ_MASK_KIND] != VQ_NO_MASK;
   int i = (at.split - params[VQ_EXACT_SPLITS]) * params[VQ_TILES_PER_SPLIT];
   int last_tile = i + params[VQ_TILES_PER_SPLIT];
   if (last_tile > params[VQ_TILES]) last_tile = params[VQ_TILES];
@@ -255,7 +254,7 @@ VQ_FN void vq_attend_columns_packed(VQ_IN(vq_half) folded_in, VQ_IN(float) mean_
     VQ_SHARED(const int) entry = part ? value_entry : key_entry;
     VQ_SHARED(int) words = lists + part * Space::list;
     for (int k = worker; k < 2 * entry[1]; k += THREADS) words[k] = table[entry[0] + k];
-    for (int k = worker; k < 2 * entry[3]; k += THREADS) words[2 * VQ_MOST_WORDS + k] = table[entry[2] + k];
+    for (int k = worker; k < entry[3]; k += THREADS) words[2 * VQ_MOST_WORDS + k] = table[entry[2] + k];
   }
   const int own = (at.batch * heads + at.head) * ((params[VQ_G] * params[VQ_L] + VQ_QUERIES - 1) / VQ_QUERIES) + query_tile;
   for (int k = worker; k < VQ_QUERIES * MC; k += THREADS)
@@ -285,10 +284,12 @@ VQ_FN void vq_attend_columns_packed(VQ_IN(vq_half) folded_in, VQ_IN(float) mean_
       VQ_SHARED(const int) words = lists + part * Space::list;
       VQ_LOOP
       for (int w = at.warp; w < entry[1]; w += VQ_COLUMN_WARPS) {
-        const int first = words[2 * w + 1], runs = words[2 * w] >> 16;
-        vq_put_word<STRIDE>(words + 2 * (VQ_MOST_WORDS + first), runs, x, lookup, tile + at.lane * STRIDE);
+        uint y[VQ_LANE_TOKENS];
         const int later = w + VQ_COLUMN_WARPS;
-        if (later < entry[1]) vq_load_word(x, words + 2 * later, entry, t, at);
+        if (later < entry[1]) vq_load_word(y, words + 2 * later, entry, t, at);
+        vq_put_word<STRIDE>(words + 2 * w, words + 2 * VQ_MOST_WORDS, x, lookup, tile + at.lane * STRIDE);
+        VQ_UNROLL
+        for (int k = 0; k < VQ_LANE_TOKENS; ++k) x[k] = y[k];
       }
       // While the products run, the next words come: of values, or of the next tile's keys.
       if (part == 1 && i + 1 < last_tile)
@@ -301,7 +302,7 @@ VQ_FN void vq_attend_columns_packed(VQ_IN(vq_half) folded_in, VQ_IN(float) mean_
       VQ_SHARED(const vq_half) rows = tile + at.warp * 32 * STRIDE;
       if (part == 0) {
         vq_score_tokens<MC, STRIDE>(s, folded, rows, entry[5], at.lane);
-        vq_hide_tokens(s, t, held, params, hidden, added, at);
+        vq_hide_tokens(s, t, held, masked, params, hidden, added, at);
         vq_soften_tokens<MC>(s, running);
       } else {
         vq_add_tokens<MC, STRIDE>(running.output, s, rows, entry[5], at.lane);

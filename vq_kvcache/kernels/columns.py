@@ -4,6 +4,7 @@ A head's levels lie in columns of its own order: eight at a time of a ring, whic
 tells which coordinate a column is; queries are folded, and sums unfolded, in that order.
 """
 
+import dataclasses
 import functools
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -19,11 +20,11 @@ if TYPE_CHECKING:
     from .steps import Operands, Plan
 
 QUERIES = 8  # of a thread group
-TOKENS = 256  # of a tile
-WARPS = 8
+TOKENS = 128  # of a tile
+WARPS = 4
 FOLD_THREADS = 256
 MOST_WORDS = 64  # of a head's keys, or values
-MOST_RUNS = 192
+MOST_RUNS = 256  # numbers that tell of their runs
 ENTRY_INTS = 6
 HEADER_INTS = 16
 LOOKUP = 272
@@ -39,23 +40,30 @@ RING_SLOTS = {
 }
 RING_PAIRS = {3: [4, 5]}
 # Instructions for a word of one token, and for a code alone: only who has how much to do is judged by them.
-RING_COST = {1: 66, 2: 40, 3: 55, 4: 45, 5: 42}
+RING_COST = {1: 62, 2: 40, 3: 64, 4: 46, 5: 50}
 ALONE_COST = 6
 
 
 class HeadColumns(NamedTuple):
-    """Of one head: its words, (place | runs << 16, first run), in the order in which warps take them; their runs as
-    lookup.h reads them; and the coordinate of each column, -1 where there is none."""
+    """Of one head: its words, and their rings and codes alone, as columns.h tells; and the coordinate of each column, -1
+    where there is none."""
 
     words: tuple[int, ...]
     runs: tuple[int, ...]
     order: tuple[int, ...]
 
 
+@dataclasses.dataclass
+class _Word:
+    rings: list[int]
+    alone: list[int]
+    cost: int
+
+
 def _slots_of(segment: Segment, ring: bool) -> tuple[list[int], list[int]]:
-    """The slots of each word of a segment in groups of eight columns, and in pairs."""
+    """The slots of each word of a segment in groups of eight columns, and after all of these."""
     if not ring:
-        return [], list(range(segment.slots + segment.slots % 2))
+        return [], list(range(segment.slots))
     groups = RING_SLOTS[segment.width]
     if segment.width < 3 and segment.slots <= len(groups) // 2:
         groups = groups[: len(groups) // 2]
@@ -75,26 +83,34 @@ def head_columns(layout: Layout, head: int) -> HeadColumns:
     rings = [bool(layout.trellis and trellis.is_ring(s.width, s.slots)) for s in segments]
     slots = [_slots_of(s, ring) for s, ring in zip(segments, rings, strict=True)]
     tail = sum(s.words * len(groups) for s, (groups, _) in zip(segments, slots, strict=True))
-    whole = tail + sum(s.words * len(pairs) for s, (_, pairs) in zip(segments, slots, strict=True))
-    order, column = [-1] * (-(-whole // 16) * 16), 0
-    runs: dict[int, list[tuple[int, int]]] = {}
-    costs: dict[int, int] = {}
-    for s, ring, both in zip(segments, rings, slots, strict=True):
+    # Pairs of rings come first, so that each is one store.
+    pairs = sum(s.words * len(p) for s, ring, (_, p) in zip(segments, rings, slots, strict=True) if ring)
+    alone, column = tail + pairs, 0
+    whole = alone + sum(s.count for s, ring in zip(segments, rings, strict=True) if not ring)
+    order = [-1] * (-(-whole // 16) * 16)
+    told: list[_Word] = [_Word([], [], 0) for _ in range(layout.first_words[head + 1] - layout.first_words[head])]
+    for s, ring, (groups, rest) in zip(segments, rings, slots, strict=True):
         for w in range(s.words):
-            word = s.first_word + w
-            told = (ring | s.width << 1 | s.slots << 8 | s.shift << 16, column | tail << 16)
-            runs.setdefault(word, []).append(told)
-            costs[word] = costs.get(word, 0) + (RING_COST[s.width] if ring else ALONE_COST * len(both[1]))
-            for start, own in ((column, both[0]), (tail, both[1])):
-                for i, slot in enumerate(own):
-                    if 0 <= slot < s.slots:
-                        order[start + i] = s.first + slot * s.words + w
-            column, tail = column + len(both[0]), tail + len(both[1])
+            word = told[s.first_word + w]
+            start = tail if ring else alone
+            places = [*((column + i, slot) for i, slot in enumerate(groups)),
+                      *((start + i, slot) for i, slot in enumerate(rest))]  # fmt: skip
+            for place, slot in places:
+                if 0 <= slot < s.slots:
+                    order[place] = s.first + slot * s.words + w
+            if ring:
+                word.rings += [s.width | s.slots << 8 | s.shift << 16, column | tail << 16]
+                word.cost += RING_COST[s.width]
+                column, tail = column + len(groups), tail + len(rest)
+            else:
+                word.alone += [s.shift + i * s.width | s.width << 8 | alone + i << 16 for i in range(s.slots)]
+                word.cost += ALONE_COST * s.slots
+                alone += s.slots
     words: list[int] = []
     flat: list[int] = []
-    for word in _dealt([costs[w] for w in range(len(costs))]):
-        words += [word | len(runs[word]) << 16, len(flat) // 2]
-        flat += [number for run in runs[word] for number in run]
+    for w in _dealt([word.cost for word in told]):
+        words += [w | len(told[w].rings) // 2 << 16, len(flat) | len(told[w].alone) << 16]
+        flat += [*told[w].rings, *told[w].alone]
     return HeadColumns(tuple(words), tuple(flat), tuple(order))
 
 
@@ -111,7 +127,7 @@ def column_table(keys: SpectralQuantizer, values: SpectralQuantizer, most: int) 
     heads = layouts[0].heads
     made = [[head_columns(layout, h) for h in range(heads)] for layout in layouts]
     if any(
-        len(c.order) > most or len(c.runs) > 2 * MOST_RUNS or len(c.words) > 2 * MOST_WORDS
+        len(c.order) > most or len(c.runs) > MOST_RUNS or len(c.words) > 2 * MOST_WORDS
         for part in made
         for c in part
     ):
@@ -122,7 +138,7 @@ def column_table(keys: SpectralQuantizer, values: SpectralQuantizer, most: int) 
     for part, (layout, own) in enumerate(zip(layouts, made, strict=True)):
         for h, columns in enumerate(own):
             first = start + len(lists)
-            entries += [first, len(columns.words) // 2, first + len(columns.words), len(columns.runs) // 2]
+            entries += [first, len(columns.words) // 2, first + len(columns.words), len(columns.runs)]
             entries += [layout.first_words[h] + part * keys.words, len(columns.order)]
             lists += [*columns.words, *columns.runs]
     width = max(most, values.synthesis.shape[-1])
@@ -159,7 +175,7 @@ def lookup() -> mx.array:
 def shared_bytes(most: int, key_dims: int) -> int:
     """What a thread group needs, see VqColumnSpace in columns.h."""
     stride = most + 8
-    head = 4 * (40 + LOOKUP + 4 * (MOST_WORDS + MOST_RUNS)) + 2 * QUERIES * stride
+    head = 4 * (40 + LOOKUP + 2 * (2 * MOST_WORDS + MOST_RUNS)) + 2 * QUERIES * stride
     gathering = 4 * WARPS * QUERIES * (most + 2)
     return max(head + max(2 * TOKENS * stride, gathering), 4 * QUERIES * (key_dims + 64))
 

@@ -5,17 +5,17 @@
 enum {
   VQ_ALONE_LEVELS = 16,  // in `lookup`: the levels of codes alone, in halves, width by width; before them tables of rings
   VQ_LOOKUP = 272,       // 32-bit words of `lookup`
-  VQ_LANE_TOKENS = 8,    // of a word, that a lane turns: four neighbours, and four more
+  VQ_LANE_TOKENS = 4,    // neighbours, of a word that a lane turns
 };
 
-// Codes of one width in a word, and the columns that they fill: eights from `column` on, pairs from `tail` on.
+// A ring in a word, and the columns that it fills: eights from `column` on, a pair from `tail` on.
 struct VqRun {
-  int ring, width, slots, shift, column, tail;
+  int width, slots, shift, column, tail;
 };
 
 VQ_FN VqRun vq_run(VQ_SHARED(const int) at) {
   const int a = at[0], b = at[1];
-  const VqRun p = {a & 1, a >> 1 & 15, a >> 8 & 63, a >> 16, b & 0xffff, b >> 16};
+  const VqRun p = {a & 255, a >> 8 & 255, a >> 16, b & 0xffff, b >> 16};
   return p;
 }
 
@@ -142,7 +142,7 @@ struct VqRing<5> {
   }
 };
 
-// A run of a word, x of this lane's tokens, into their rows of a tile: `row` is the first, the others are 32 rows apart.
+// A ring of a word, x of this lane's tokens, into their rows of a tile: `row` is the first, the others are 32 rows apart.
 template <int W, int STRIDE>
 VQ_FN void vq_put_ring(VQ_THREAD const VqRun& p, VQ_THREAD const uint (&x)[VQ_LANE_TOKENS],
                        VQ_SHARED(const uint) lookup, VQ_SHARED(vq_half) row) {
@@ -156,55 +156,46 @@ VQ_FN void vq_put_ring(VQ_THREAD const VqRun& p, VQ_THREAD const uint (&x)[VQ_LA
   }
   VQ_SHARED(vq_half) at = row + p.column;
   VQ_SHARED(vq_half) tail = row + p.tail;
-  if (p.slots == 32 / W) {
+  if (p.slots == 32 / W) {  // loops, or so much would be kept in registers that some is spilled
     VQ_LOOP
     for (int h = 0; h < 2; ++h) {
       VQ_UNROLL
-      for (int r = 0; r < 4; ++r)
-        VqRing<W>::template put<true>(h ? x[4 + r] : x[r], p.slots, book, at + r * 32 * STRIDE, tail + r * 32 * STRIDE);
-      at += 128 * STRIDE, tail += 128 * STRIDE;
-    }
-  } else {  // less often: a short program counts for more
-    VQ_LOOP
-    for (int h = 0; h < 4; ++h) {
-      VQ_UNROLL
-      for (int r = 0; r < 2; ++r) {
-        const uint word = (h & 2 ? (h & 1 ? x[6 + r] : x[4 + r]) : (h & 1 ? x[2 + r] : x[r])) >> p.shift;
-        VqRing<W>::template put<false>(word, p.slots, book, at + r * 32 * STRIDE, tail + r * 32 * STRIDE);
-      }
+      for (int r = 0; r < 2; ++r)
+        VqRing<W>::template put<true>(h ? x[2 + r] : x[r], p.slots, book, at + r * 32 * STRIDE, tail + r * 32 * STRIDE);
       at += 64 * STRIDE, tail += 64 * STRIDE;
     }
-  }
-}
-
-template <int STRIDE>
-VQ_FN void vq_put_alone(VQ_THREAD const VqRun& p, VQ_THREAD const uint (&x)[VQ_LANE_TOKENS],
-                        VQ_SHARED(const uint) lookup, VQ_SHARED(vq_half) row) {
-  VQ_SHARED(const char) levels = (VQ_SHARED(const char))(lookup + VQ_ALONE_LEVELS) + (2 << p.width) - 4;
-  const uint mask = (2u << p.width) - 2u;  // of codes times two, which are bytes
-  VQ_SHARED(vq_half) tail = row + p.tail;
-  int shift = p.shift;
-  VQ_LOOP
-  for (int s = 0; s < p.slots; s += 2) {
-    VQ_UNROLL
+  } else {
+    VQ_LOOP
     for (int r = 0; r < VQ_LANE_TOKENS; ++r) {
-      const uint first = (shift ? x[r] >> (shift - 1) : x[r] << 1) & mask, second = x[r] >> (shift + p.width - 1) & mask;
-      vq_put2(tail + r * 32 * STRIDE, *(VQ_SHARED(const unsigned short))(levels + first) |
-                                          (uint) * (VQ_SHARED(const unsigned short))(levels + second) << 16);
+      const uint word = r & 2 ? (r & 1 ? x[3] : x[2]) : (r & 1 ? x[1] : x[0]);
+      VqRing<W>::template put<false>(word >> p.shift, p.slots, book, at, tail);
+      at += 32 * STRIDE, tail += 32 * STRIDE;
     }
-    tail += 2, shift += 2 * p.width;
   }
 }
 
-// All runs of a word.
+// A code alone: `told` is its shift, width and column.
 template <int STRIDE>
-VQ_FN void vq_put_word(VQ_SHARED(const int) runs, int count, VQ_THREAD const uint (&x)[VQ_LANE_TOKENS],
+VQ_FN void vq_put_alone(int told, VQ_THREAD const uint (&x)[VQ_LANE_TOKENS], VQ_SHARED(const uint) lookup,
+                        VQ_SHARED(vq_half) row) {
+  const int shift = told & 31, width = told >> 8 & 255;
+  const uint mask = (1u << width) - 1u;
+  VQ_SHARED(const unsigned short) levels = (VQ_SHARED(const unsigned short))(lookup + VQ_ALONE_LEVELS) + mask - 1;
+  VQ_SHARED(unsigned short) at = (VQ_SHARED(unsigned short))(row + (told >> 16));
+  VQ_UNROLL
+  for (int r = 0; r < VQ_LANE_TOKENS; ++r) at[r * 32 * STRIDE] = levels[x[r] >> shift & mask];
+}
+
+// All of a word: told[0] its place and rings, told[1] where they begin in `runs`, and how many codes alone follow them.
+template <int STRIDE>
+VQ_FN void vq_put_word(VQ_SHARED(const int) told, VQ_SHARED(const int) runs, VQ_THREAD const uint (&x)[VQ_LANE_TOKENS],
                        VQ_SHARED(const uint) lookup, VQ_SHARED(vq_half) row) {
+  const int rings = told[0] >> 16, alone = told[1] >> 16;
+  runs += told[1] & 0xffff;
   VQ_LOOP
-  for (int i = 0; i < count; ++i) {
-    const VqRun p = vq_run(runs + 2 * i);
-    switch (p.ring ? p.width : 0) {
-      case 0: vq_put_alone<STRIDE>(p, x, lookup, row); break;
+  for (int i = 0; i < rings; ++i, runs += 2) {
+    const VqRun p = vq_run(runs);
+    switch (p.width) {
       case 1: vq_put_ring<1, STRIDE>(p, x, lookup, row); break;
       case 2: vq_put_ring<2, STRIDE>(p, x, lookup, row); break;
       case 3: vq_put_ring<3, STRIDE>(p, x, lookup, row); break;
@@ -212,4 +203,6 @@ VQ_FN void vq_put_word(VQ_SHARED(const int) runs, int count, VQ_THREAD const uin
       case 5: vq_put_ring<5, STRIDE>(p, x, lookup, row); break;
     }
   }
+  VQ_LOOP
+  for (int i = 0; i < alone; ++i) vq_put_alone<STRIDE>(runs[i], x, lookup, row);
 }
