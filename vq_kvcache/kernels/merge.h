@@ -15,16 +15,24 @@ VQ_FN void vq_merge(VQ_IN(float) sums, VQ_IN(float) outputs, VQ_IN(float) unfold
   VQ_IN(float) own = sums + 2 * (plane * splits * queries + query);
   const bool sinks = params[VQ_SINKS];
   const float logit = sinks ? sink_logits[head * params[VQ_G] + query / params[VQ_L]] * 1.44269504f : VQ_LOWEST;
+  const int d = worker % DV, part = worker / DV, stored = table[VQ_VALUE_ROWS];
+  // A part's share of the basis, asked for before anything is waited for.
+  const int share = (DV + PARTS - 1) / PARTS, first = part * share;
+  VQ_IN(float) column = unfold + (head * stored + first) * DV + d;
+  const int ahead = share < 32 ? share : 32;
+  float basis[ahead];
+  VQ_UNROLL
+  for (int n = 0; n < ahead; ++n) basis[n] = first + n < stored ? column[n * DV] : 0.0f;
   if (worker < 32) {  // one warp finds what each split counts for
     float top = logit, total = 0.0f, packed_total = 0.0f;
     for (int s = lane; s < splits; s += 32) top = vq_max(top, own[2 * s * queries]);
     VQ_UNROLL
     for (uint bit = 16; bit; bit /= 2) top = vq_max(top, vq_shuffle_xor(top, bit));
     for (int s = lane; s < splits; s += 32) {
-      const float share = vq_exp2(own[2 * s * queries] - top), part = own[2 * s * queries + 1] * share;
-      shares[s] = share;
-      total += part;
-      if (s >= exact) packed_total += part;
+      const float weight = vq_exp2(own[2 * s * queries] - top), sum = own[2 * s * queries + 1] * weight;
+      shares[s] = weight;
+      total += sum;
+      if (s >= exact) packed_total += sum;
     }
     VQ_UNROLL
     for (uint bit = 16; bit; bit /= 2) {
@@ -33,10 +41,9 @@ VQ_FN void vq_merge(VQ_IN(float) sums, VQ_IN(float) outputs, VQ_IN(float) unfold
     }
     if (lane == 0) totals[0] = total + (sinks ? vq_exp2(logit - top) : 0.0f), totals[1] = packed_total;
   }
-  const int d = worker % DV, part = worker / DV;
   folded[worker] = 0.0f;
   VQ_SYNC_GROUP();
-  const int width = table[VQ_OUTPUT_WIDTH], stored = table[VQ_VALUE_ROWS];
+  const int width = table[VQ_OUTPUT_WIDTH];
   VQ_IN(int) order = table + table[VQ_VALUE_ORDER] + head * width;
   const bool ordered = table[VQ_VALUE_ORDER] > 0;
   VQ_IN(float) out = outputs + (plane * splits * queries + query) * width;
@@ -55,10 +62,10 @@ VQ_FN void vq_merge(VQ_IN(float) sums, VQ_IN(float) outputs, VQ_IN(float) unfold
   }
   VQ_SYNC_GROUP();
   float x = 0.0f;
-  VQ_IN(float) column = unfold + head * stored * DV + d;
-  const int until = (part + 1) * stored / PARTS;
+  VQ_UNROLL
+  for (int n = 0; n < ahead; ++n) x = vq_fma(first + n < DV ? folded[first + n] : 0.0f, basis[n], x);
   VQ_UNROLL_BY(16)
-  for (int n = part * stored / PARTS; n < until; ++n) x = vq_fma(folded[n], column[n * DV], x);
+  for (int n = ahead; n < share && first + n < stored; ++n) x = vq_fma(folded[first + n], column[n * DV], x);
   VQ_UNROLL_BY(4)
   for (int s = part; s < exact; s += PARTS) x = vq_fma(out[s * queries * width + d], shares[s], x);
   VQ_SYNC_GROUP();
