@@ -213,8 +213,13 @@ def load_with_codec(path: str, codec_file: str | None) -> tuple[Any, Any, int, C
     return model, tokenizer, head_dim, codec, identity
 
 
+def machine() -> dict[str, str]:
+    """The machine and the versions that a result was measured with."""
+    device = mx.device_info().get("device_name", "") if mx.default_device() == mx.gpu else "CPU"
+    versions = {"mlx": mx.__version__, "mlx_lm": mlx_lm.__version__}
+    return {"system": platform.platform(), **versions, "device": str(device)}
+
+
 def save(file: pathlib.Path, result: dict[str, Any]) -> None:
     """Write a result with the machine it ran on."""
-    machine = {"system": platform.platform(), "mlx": mx.__version__, "mlx_lm": mlx_lm.__version__}
-    device = mx.device_info().get("device_name", "") if mx.default_device() == mx.gpu else "CPU"
-    write_atomically(file, (json.dumps({"machine": machine | {"device": device}, **result}, indent=1) + "\n").encode())
+    write_atomically(file, (json.dumps({"machine": machine(), **result}, indent=1) + "\n").encode())
