@@ -235,40 +235,6 @@ def prefill_kind(
     }  # fmt: skip
 
 
-def _line(error: Exception) -> str:
-    return str(error).strip().split("\n", 1)[0][:300]
-
-
-class Results:
-    """What is measured, saved after every cell."""
-
-    def __init__(self, file: pathlib.Path, settings: Rows) -> None:
-        self.file, self.settings = file, settings
-        old = json.loads(file.read_text("utf-8")) if file.exists() else {}
-        same = all(old.get(name) == value for name, value in {**settings, "machine": measure.machine()}.items())
-        self.cells: Rows = old.get("cells", {}) if same else {}
-
-    def cell(self, name: str, kinds: dict[str, Plan | None], run: Any) -> None:
-        """Run `run(kind, plan)` for each kind unless the cell is there; an error is what the cell then says."""
-        if "error" not in self.cells.get(name, {"error": ""}):
-            print(f"{name}: measured before", flush=True)
-            return
-        start, made = time.perf_counter(), {}
-        for kind, plan in kinds.items():
-            try:
-                made[kind] = run(kind, plan)
-            except (RuntimeError, ValueError, MemoryError) as error:  # no such kernel there, or too little memory
-                made["error"] = f"{kind}: {_line(error)}"
-            print(f"{name}, {kind}: {json.dumps(made.get(kind, made.get('error')))}", flush=True)
-        self.cells[name] = made
-        self.save()
-        print(f"{name}: {time.perf_counter() - start:.0f} s", flush=True)
-
-    def save(self) -> None:
-        """Write the file anew."""
-        measure.save(self.file, {**self.settings, "cells": self.cells})
-
-
 def warm_kernels(config: dict[str, Any]) -> Rows:
     """The back-end, whether its kernels were right, and the seconds until that was known, compiling included."""
     place, dims, start = kernels.backend(), config["head_dim"], time.perf_counter()
@@ -276,7 +242,7 @@ def warm_kernels(config: dict[str, Any]) -> Rows:
     return {"place": place, "right": right, "seconds": time.perf_counter() - start}
 
 
-def measure_all(args: argparse.Namespace, results: Results, config: dict[str, Any]) -> None:
+def measure_all(args: argparse.Namespace, results: measure.Results, config: dict[str, Any]) -> None:
     """Every cell that is asked for and not there yet."""
     model, _ = random_model(config)
     print(f"weights: {mx.get_active_memory() / 1e9:.1f} GB", flush=True)
@@ -308,7 +274,7 @@ def measure_all(args: argparse.Namespace, results: Results, config: dict[str, An
             mx.eval(model.parameters())
         except (RuntimeError, ValueError) as error:
             print(f"4-bit weights: {error}", flush=True)
-            results.cells[f"decode 4-bit {args.four_bit}"] = {"error": _line(error)}
+            results.cells[f"decode 4-bit {args.four_bit}"] = {"error": measure.first_line(error)}
             results.save()
             return
         decode_cells("4-bit", args.four_bit)
@@ -330,7 +296,7 @@ def main() -> None:
     args.bits = [float(b) for b in args.bits.split(",")]
     config = (SMALL if args.small else LLAMA_8B) | {"num_hidden_layers": args.layers}
     shape = "small" if args.small else "Llama-3.1-8B"
-    results = Results(args.out, {"shape": shape, "layers": args.layers, "bits": args.bits, "steps": args.steps})
+    results = measure.Results(args.out, {"shape": shape, "layers": args.layers, "bits": args.bits, "steps": args.steps})
     if args.again:
         results.cells = {}
     with intercept.dispatching():

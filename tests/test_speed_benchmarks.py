@@ -3,10 +3,14 @@
 import json
 import sys
 
+import measure
+import memory
 import mlx.core as mx
 import numpy as np
 import pytest
+import report
 import speed
+import speed_tables
 from calibration import random_model
 from mlx_lm.models.cache import BatchKVCache, KVCache
 
@@ -125,13 +129,13 @@ def test_finished_cells_are_kept_and_failed_ones_run_again(tmp_path):
         return {"median_ms": 1.0}
 
     file, calls = tmp_path / "speed.json", []
-    speed.Results(file, {"layers": 2}).cell("x", {"a": None, "b": None, "c": None}, run)
+    measure.Results(file, {"layers": 2}).cell("x", {"a": None, "b": None, "c": None}, run)
     kept = json.loads(file.read_text())
     assert kept["cells"] == {"x": {"a": {"median_ms": 1.0}, "error": "b: no such kernel", "c": {"median_ms": 1.0}}}
-    speed.Results(file, {"layers": 2}).cell("x", {"b": None}, run)
-    speed.Results(file, {"layers": 2}).cell("x", {"b": None}, run)
+    measure.Results(file, {"layers": 2}).cell("x", {"b": None}, run)
+    measure.Results(file, {"layers": 2}).cell("x", {"b": None}, run)
     assert calls == ["a", "b", "c", "b"]
-    assert speed.Results(file, {"layers": 3}).cells == {}
+    assert measure.Results(file, {"layers": 3}).cells == {}
 
 
 def test_the_command_measures_all_once(tmp_path, monkeypatch, capsys):
@@ -139,7 +143,8 @@ def test_the_command_measures_all_once(tmp_path, monkeypatch, capsys):
     options = "--small --layers 1 --steps 64 --decode 300x1,300x2 --four-bit 300x1 --prefill 300"
     monkeypatch.setattr(sys, "argv", ["speed.py", *options.split(), "--out", str(file)])
     speed.main()
-    cells = json.loads(file.read_text())["cells"]
+    first = file.read_bytes()
+    cells = json.loads(first)["cells"]
     assert list(cells) == ["decode bf16 300x1", "decode bf16 300x2", "prefill bf16 300", "decode 4-bit 300x1"]
     assert [list(c) for c in cells.values()] == [
         ["KVCache", "spectral 2"], ["BatchKVCache", "KVCache without padding", "spectral 2"],
@@ -148,3 +153,94 @@ def test_the_command_measures_all_once(tmp_path, monkeypatch, capsys):
     capsys.readouterr()
     speed.main()
     assert capsys.readouterr().out.count("measured before") == 4
+    assert file.read_bytes() == first
+
+
+def test_a_long_run_tells_what_is_held_beside_nbytes(model, codec, exact_buffers):
+    caches = [SpectralKVCache(codec.plan(2.0), i, window=32) for i in range(2)]
+    rows = memory.long_run(model, caches, 4 * BLOCK, BLOCK)
+    assert [r["tokens"] for r in rows] == [BLOCK * n + 1 for n in range(1, 5)]
+    assert rows[-1]["nbytes"] == sum(c.nbytes for c in caches)
+    above = [r["active_above_nbytes"] for r in rows]
+    assert max(above) - min(above) <= 16384
+    assert all(0 < r["median_ms"] <= 3 * r["mean_ms"] for r in rows)
+
+
+def test_long_runs_of_every_cache_are_saved(tmp_path, model):
+    file = tmp_path / "long-run.json"
+    memory.measure_long_runs(model, {"full precision": KVCache, "again": KVCache}, 4, 2, file)
+    saved = json.loads(file.read_text())
+    assert (saved["steps"], saved["block"]) == (4, 2)
+    assert {name: len(cell["blocks"]) for name, cell in saved["cells"].items()} == {"full precision": 2, "again": 2}
+
+
+def step(median, **more):
+    return {
+        "median_ms": median, "mean_ms": median, "build_ms": 1.0, "nbytes": 2e9, "append_ms": 0.5,
+        "pack_ms_by_steps": 0.25, "steady_peak_above_nbytes": 1e8, **more,
+    }  # fmt: skip
+
+
+def measured(**cells):
+    cells = {name.replace("_", " "): cell for name, cell in cells.items()}
+    return {"machine": {"device": "D"}, "shape": "S", "layers": 2, "steps": 256, "cells": cells}
+
+
+def test_steps_are_held_against_the_fastest_of_mlx_lms_caches():
+    own = {"BatchKVCache": step(12.0), "KVCache without padding": step(9.0)}
+    table = speed_tables.speed(measured(decode_bf16_512x8=own | {"spectral 2": step(4.5)}))
+    row = next(line for line in table.split("\n") if "| spectral 2 |" in line)
+    assert row == "| 512, 8, bf16 | spectral 2 | 2.00 GB | 4.50 ms | 2.00 | 0.25 ms (5.6%) | 0.50 ms | 0.10 GB |"
+    assert "| 512, 8, bf16 | BatchKVCache | 2.00 GB | 12.00 ms |  |  | 0.50 ms | 0.10 GB |" in table
+    assert "Python builds a step's graph faster than any of these runs." in table
+
+
+def test_steps_that_python_bounds_and_cells_that_failed_are_named():
+    cell = {"KVCache": step(1.2), "error": "spectral 2: no memory"}
+    table = speed_tables.speed(measured(decode_bf16_512x1=cell, prefill_bf16_64={"error": "x"}))
+    assert "bf16 512x1 KVCache (1.0 ms)" in table
+    assert "Not run: decode bf16 512x1: spectral 2: no memory; prefill bf16 64: x." in table
+
+
+def test_prompts_tell_speed_peak_and_what_is_held():
+    row = {"tokens_per_s": 5000.4, "peak_above_weights": 3e9, "active_above_weights": 1e9}
+    cell = {"spectral 2": row | {"nbytes": 8e8, "codec_bytes": 1e8}}
+    table = speed_tables.speed(measured(prefill_bf16_32768=cell))
+    assert table.endswith("| 32,768 | spectral 2 | 5,000 | 3.00 GB | 1.00 GB | 0.90 GB |")
+
+
+def long_run(*figures):
+    """A result whose blocks have these nbytes, bytes above them, and medians."""
+    rows = [{"nbytes": n, "active_above_nbytes": a, "median_ms": m} for n, a, m in figures]
+    cells = {"spectral 2.0": {"blocks": rows}, "full precision": {"error": "e"}}
+    return {"machine": {"device": "D"}, "steps": 3000, "block": 1000, "cells": cells}
+
+
+def test_long_runs_tell_the_first_block_and_the_last():
+    table = speed_tables.long_run(long_run((10, 5, 1.0), (20, 9, 1.5), (30, 6, 1.25)))
+    assert table.endswith("| spectral 2.0 | 10; 30 | 5; 6 | 5; 9 | 1.00 ms; 1.25 ms |")
+
+
+@pytest.mark.parametrize(
+    ("name", "made"),
+    [("speed", measured(decode_bf16_512x1={"KVCache": step(2.0)})), ("long-run", long_run((10, 5, 1.0)))],
+)
+def test_readme_is_checked_before_and_after_a_result_comes(tmp_path, monkeypatch, name, made):
+    def run(*options):
+        monkeypatch.setattr(sys, "argv", ["report.py", *options])
+        report.main()
+
+    for file in report.RESULTS.glob("*.json"):
+        if file.stem != name:
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "README.md").write_bytes(report.README.read_bytes())
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    monkeypatch.setattr(report, "README", tmp_path / "README.md")
+    for there in (False, True):
+        if there:
+            (tmp_path / f"{name}.json").write_text(json.dumps(made))
+            with pytest.raises(SystemExit, match=r"README.md differs"):
+                run("--check")
+        run()
+        run("--check")
+        assert ("not measured yet" in report.tables()[name]) is not there
