@@ -192,6 +192,7 @@ def tables() -> dict[str, str]:
         "kernel": kernel(json.loads((RESULTS / "kernel.json").read_text())),
         "speculative": speculative(json.loads((RESULTS / "speculative.json").read_text())),
         "memory": memory(held),
+        "roofline": speed_tables.roofline(json.loads((RESULTS / "roofline.json").read_text())),
         "speed": speed_tables.speed(_result("speed")),
         "long-run": speed_tables.long_run(_result("long-run")),
     }

@@ -1,7 +1,12 @@
-"""Tables of whole steps and of long runs, from their JSON files (report.py puts them into README)."""
+"""Tables of whole steps, of long runs and of what Macs are predicted to do, from their JSON files (report.py puts them
+into README)."""
 
+import hashlib
+import pathlib
+from collections.abc import Iterable
 from typing import Any
 
+KERNELS = pathlib.Path(__file__).resolve().parent.parent / "vq_kvcache" / "kernels"
 Result = dict[str, Any]
 
 
@@ -111,4 +116,42 @@ def long_run(result: Result | None) -> str:
             f"| {name} | {first['nbytes']:,}; {last['nbytes']:,} | {above[0]:,}; {above[-1]:,} | {min(above):,}; "
             f"{max(above):,} | {first['median_ms']:.2f} ms; {last['median_ms']:.2f} ms |"
         )
+    return "\n".join(lines)
+
+
+def kernel_text(files: Iterable[str]) -> dict[str, str]:
+    """A hash of each of these files of the kernels: whether counts in them are of the text that is there."""
+    return {name: hashlib.sha256((KERNELS / name).read_bytes()).hexdigest()[:12] for name in files}
+
+
+def roofline(result: Result) -> str:
+    """What Apple's chips are predicted to do, at 2 bits, and why."""
+    shape, budgets = result["shape"], result["budgets"]
+    chosen = budgets["2"]
+    lines = [
+        "**A prediction: nothing in this table was ever measured on a Mac.** A layer's attention for one new token, "
+        f"shape of Llama-3.1-8B at {shape['tokens']:,} tokens, microseconds, from bytes, instructions counted in the "
+        "kernel text and public figures of the chips (sources in `benchmarks/roofline.py`):",
+        "",
+        "| chip | bfloat16, its bytes alone | 2 bits, their bytes | instructions, every pipe full | with the "
+        f"{shape['simd_groups']} SIMD groups that fit a core | a mended kernel, full |",
+        "|---|---|---|---|---|---|",
+    ]
+    for chip, row in chosen["chips"].items():
+        shown = [row[n] for n in ("bf16_bytes_us", "bytes_us", "full_us", "latency_us")]
+        shown.append(chosen["chips_if_mended"][chip]["full_us"])
+        lines.append(f"| {chip} | " + " | ".join(f"{x:,.0f}" for x in shown) + " |")
+    counts = ", ".join(f"{b['decoding']['issued']:.1f} instructions at {bits}" for bits, b in budgets.items())
+    now = [r["bf16_bytes_us"] / r[n] for n in ("latency_us", "full_us") for r in chosen["chips"].values()]
+    mended = [r["bf16_bytes_us"] / r["full_us"] for r in chosen["chips_if_mended"].values()]
+    stale = result["text"] != kernel_text(result["text"])
+    lines += [
+        "",
+        f"So attention on codes of 2 bits should run at {min(now):.2f} to {max(now):.2f} times the speed of bfloat16. "
+        f"Decoding a number takes {counts} bits, in {shape['passes']} passes for want of memory, and the "
+        f"products {chosen['products']:.1f}, half of them for rows that {shape['group']} query heads leave "
+        "empty. A kernel of one pass without empty rows, which does not exist, could reach "
+        f"{min(mended):.2f} to {max(mended):.2f} times that speed."
+        + (" The kernel text has changed since it was counted." if stale else ""),
+    ]
     return "\n".join(lines)
