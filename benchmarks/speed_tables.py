@@ -43,7 +43,7 @@ def decoding(result: Result) -> str:
         for kind, row in rows.items():
             coded = _is_spectral(kind)
             faster = f"{own / row['median_ms']:.2f}" if coded and own else ""
-            packing = f"{row['pack_ms_by_steps']:.2f} ms ({row['pack_ms_by_steps'] / row['mean_ms']:.1%})"
+            packing = f"{row['packing_ms']:.2f} ms ({row['packing_ms'] / row['mean_ms']:.1%})"
             lines.append(
                 f"| {int(tokens):,}, {batch}, {weights} | {kind} | {_gigabytes(row['nbytes'])} | "
                 f"{row['median_ms']:.2f} ms | {faster} | {packing if coded else ''} | {row['append_ms']:.2f} ms | "
