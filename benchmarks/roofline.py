@@ -26,6 +26,7 @@ from vq_kvcache.demo import model_folder
 from vq_kvcache.kernels import launches
 from vq_kvcache.spectral import trellis
 from vq_kvcache.spectral.codec import Plan, find_codec, fingerprint
+from vq_kvcache.spectral.files import write_atomically
 from vq_kvcache.spectral.packing import WORD_BITS, Layout
 
 BITS = (1.0, 2.0, 3.0, 4.0)
@@ -236,7 +237,7 @@ def main() -> None:
     if lines := uncounted():
         raise SystemExit(f"the kernel text has no {lines[0]!r}; expected the lines that were counted; count again.")
     result = predictions()
-    measure.write_atomically(measure.RESULTS / "roofline.json", (json.dumps(result, indent=1) + "\n").encode())
+    write_atomically(measure.RESULTS / "roofline.json", (json.dumps(result, indent=1) + "\n").encode())
     draw(result, measure.RESULTS / "roofline.png")
     for bits, budget in result["budgets"].items():
         times = {c: (round(r["full_us"]), round(r["latency_us"])) for c, r in budget["chips"].items()}

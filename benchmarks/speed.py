@@ -125,8 +125,8 @@ def packed_tokens(cache: Any) -> int:
 
 
 def by_sealing(times: list[float], packed: list[int]) -> Rows:
-    """Milliseconds from each moment to the next: of all, and of those in which nothing was packed; and by how much packing
-    makes the mean longer than the median of the latter.
+    """Milliseconds from each moment to the next: of all, and of those in which nothing was packed; and how much packing
+    adds, in the mean of all, to the median of the latter.
 
     packed: codes held at each moment. A step is built while the one before runs, so that packing is felt in the
     interval in which it appears and in the two that follow.

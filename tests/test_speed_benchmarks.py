@@ -167,12 +167,18 @@ def test_a_long_run_tells_what_is_held_beside_nbytes(model, codec, exact_buffers
     assert all(0 < r["median_ms"] <= 3 * r["mean_ms"] for r in rows)
 
 
-def test_long_runs_of_every_cache_are_saved(tmp_path, model):
-    file = tmp_path / "long-run.json"
+def test_long_runs_of_every_cache_are_saved_after_a_short_one(tmp_path, monkeypatch, model):
+    def seen(*arguments):
+        calls.append(arguments[2:])
+        return run(*arguments)
+
+    file, run, calls = tmp_path / "long-run.json", memory.long_run, []
+    monkeypatch.setattr(memory, "long_run", seen)
     memory.measure_long_runs(model, {"full precision": KVCache, "again": KVCache}, 4, 2, file)
     saved = json.loads(file.read_text())
     assert (saved["steps"], saved["block"]) == (4, 2)
     assert {name: len(cell["blocks"]) for name, cell in saved["cells"].items()} == {"full precision": 2, "again": 2}
+    assert calls == [(4, memory.WARM_STEPS), (4, 2)] * 2
 
 
 def step(median, **more):
