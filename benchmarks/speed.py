@@ -237,20 +237,23 @@ def prefill_kind(
 
 
 def warm_kernels(config: dict[str, Any]) -> Rows:
-    """The back-end, whether its kernels were right, and the seconds until that was known, compiling included."""
+    """The back-end, whether its kernels were right, and the seconds until that was known, compiling included.
+    SystemExit where there are none and the shape is not the small one: plain operations would take hours."""
     place, dims, start = kernels.backend(), config["head_dim"], time.perf_counter()
     right = place != "ops" and trusted(place, dims, dims, mx.bfloat16) and trusted_codes(place)
+    if not right and config["hidden_size"] > SMALL["hidden_size"]:
+        raise SystemExit(f"no kernels that are right on {mx.default_device()}, {place}; expected some; try --small.")
     return {"place": place, "right": right, "seconds": time.perf_counter() - start}
 
 
 def measure_all(args: argparse.Namespace, results: measure.Results, config: dict[str, Any]) -> None:
     """Every cell that is asked for and not there yet."""
+    results.settings["kernels"] = warm_kernels(config)
+    print(f"kernels: {results.settings['kernels']}", flush=True)
     model, _ = random_model(config)
     print(f"weights: {mx.get_active_memory() / 1e9:.1f} GB", flush=True)
     spectral: dict[str, Plan | None] = {f"spectral {b:g}": random_plan(config, b) for b in args.bits}
     print("codecs made", flush=True)
-    results.settings["kernels"] = warm_kernels(config)
-    print(f"kernels: {results.settings['kernels']}", flush=True)
 
     def decode_cells(weights: str, shapes: str) -> None:
         for tokens, batch in (map(int, shape.split("x")) for shape in shapes.split(",") if shape):

@@ -157,6 +157,15 @@ def test_the_command_measures_all_once(tmp_path, monkeypatch, capsys):
     assert file.read_bytes() == first
 
 
+@pytest.mark.parametrize("place", ["ops", "cuda"])
+def test_the_large_shape_is_not_timed_in_plain_operations(monkeypatch, place):
+    monkeypatch.setattr(speed.kernels, "backend", lambda: place)
+    monkeypatch.setattr(speed, "trusted", lambda *_: False)
+    with pytest.raises(SystemExit, match=rf"no kernels that are right on .*, {place}; expected"):
+        speed.warm_kernels(speed.LLAMA_8B)
+    assert not speed.warm_kernels(CONFIG)["right"]
+
+
 def test_a_long_run_tells_what_is_held_beside_nbytes(model, codec, exact_buffers):
     caches = [SpectralKVCache(codec.plan(2.0), i, window=32) for i in range(2)]
     rows = memory.long_run(model, caches, 4 * BLOCK, BLOCK)
