@@ -21,7 +21,6 @@ from typing import Any
 
 import mlx.core as mx
 from mlx_lm.utils import load
-from tqdm import tqdm
 
 from . import measuring
 from .measuring import Method, Row
@@ -29,6 +28,7 @@ from .spectral.calibrate import codec_for, fast_arithmetic
 from .spectral.calibration_text import context_of, encode
 from .spectral.codec import Codec, as_pair
 from .spectral.files import write_atomically
+from .spectral.progress import bar
 
 CONTEXTS = (512, 1024, 2048)
 SEQUENCE = 1024  # tokens of text that are read as one
@@ -98,7 +98,7 @@ def _bytes_and_speed(
 ) -> tuple[dict[tuple[str, int], Row], dict[str, float]]:
     total = len(methods) * (READ_TOKENS + len(request.contexts) * measuring.JUDGED)
     ids = [*request.opening, *itertools.islice(itertools.cycle(request.ids), max(request.contexts))]
-    with tqdm(total=total, desc="bytes and speed", unit="token") as progress:
+    with bar(total=total, desc="bytes and speed", unit="token") as progress:
         measuring.reading_speed(model, methods[0], ids[:64])  # what is compiled or loaded once is not timed
         reading = {}
         for method in methods:
@@ -112,7 +112,7 @@ def _quality(model: Any, methods: Sequence[Method], request: Request) -> list[Ro
     length = min(SEQUENCE, request.tokens, len(request.ids))
     count = max(1, min(request.tokens, len(request.ids)) // length)
     texts = mx.array([[*request.opening, *request.ids[i * length : (i + 1) * length]] for i in range(count)])
-    with tqdm(total=texts.shape[1] * len(methods), desc="next tokens", unit="token") as progress:
+    with bar(total=texts.shape[1] * len(methods), desc="next tokens", unit="token") as progress:
         found, caches = measuring.scores(model, methods, texts, progress.update)
     return [
         {"name": m.name, "kind": m.kind, "bits": m.bits, **measuring.summary(found[m.name]),
@@ -124,7 +124,7 @@ def _quality(model: Any, methods: Sequence[Method], request: Request) -> list[Ro
 def _continuations(model: Any, tokenizer: Any, methods: Sequence[Method], request: Request) -> dict[str, Row]:
     ends = tuple(getattr(tokenizer, "eos_token_ids", ()))
     written = {}
-    with tqdm(total=request.max_tokens * len(methods), desc="continuations", unit="token") as progress:
+    with bar(total=request.max_tokens * len(methods), desc="continuations", unit="token") as progress:
         for method in methods:
             written[method.name] = measuring.continuation(
                 model, method, request.prompt_ids, request.max_tokens, ends, progress.update
