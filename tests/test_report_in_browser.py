@@ -122,6 +122,19 @@ def test_tables_scroll_in_their_own_box_and_by_keyboard(visit):
     assert tab.evaluate("document.documentElement.scrollLeft") == 0
 
 
+def test_the_caption_of_a_wide_table_is_read_without_scrolling(visit):
+    tab, _ = visit(REPORTS[0], "phone")
+    ends = "e => [e.querySelector('caption span').getBoundingClientRect().right, e.getBoundingClientRect().right]"
+    boxes = tab.locator(".scroll").all()
+    assert len(boxes) > 8
+    for box in boxes:
+        for _ in range(2):
+            words, edge = box.evaluate(ends)
+            assert words <= edge
+            box.evaluate("e => { e.scrollLeft = 1000 }")
+    assert any(box.evaluate("e => e.scrollLeft") > 100 for box in boxes)
+
+
 def test_smallest_text_of_a_figure_is_legible_on_a_phone(visit):
     tab, _ = visit(REPORTS[0], "phone")
     sizes = tab.evaluate("""[...document.querySelectorAll('svg text')].map(e =>

@@ -118,7 +118,7 @@ def chart(series: Sequence[Series], title: str, x_name: str, y_name: str, log_y:
         )
         if len(one.points) == 1:  # a lone point carries its name
             (a, b), right = one.points[0], x(one.points[0][0]) > WIDTH * 0.6
-            parts.append(text(x(a) + (-9 if right else 9), y(b) + 3.5, one.name, "end" if right else "start"))
+            parts.append(text(x(a) + (-9 if right else 9), y(b) + 3.5, one.name, "end" if right else "start", "name"))
     return svg("".join(parts), WIDTH, HEIGHT, title)
 
 
