@@ -154,6 +154,14 @@ def test_bits_and_spectra_are_the_codecs(report, nats):
     assert report["predicted_kl"] == {"1": nats.predicted_kl(1.0), "2": nats.predicted_kl(2.0)}
 
 
+@given(st.integers(compare.LEAST_TEXT, 9000), st.integers(compare.LEAST_TEXT, 1024))
+def test_texts_are_no_longer_than_asked_and_read_nearly_all(tokens, longest):
+    count, length = compare._sequences(tokens, longest)
+    assert compare.LEAST_TEXT <= length <= longest
+    assert count * length <= tokens
+    assert tokens - count * length < max(count, compare.LEAST_TEXT * (longest < 2 * compare.LEAST_TEXT))
+
+
 WORDS = st.lists(st.sampled_from(["a", "bb", "c\n", "d  e", " "]), max_size=12).map(" ".join)
 
 
@@ -336,6 +344,23 @@ def test_what_cannot_be_compared_is_one_sentence(options, sentence, model_folder
     assert said.startswith("vq_kvcache compare: ")
     assert len(said.splitlines()) == 1
     assert not output.exists()
+
+
+def request_of(model, tokenizer, *options):
+    args = compare._parser().parse_args(["model", *options])
+    return compare._request(args, model, tokenizer, "words", " ".join(f"w{i}" for i in IDS * 3), None, [2.0])
+
+
+def test_the_models_own_limit_bounds_what_is_read(tokenizer):
+    short = tiny_model(max_position_embeddings=400)
+    asked = request_of(short, tokenizer, "--max-tokens", "100", "--tokens", "1500")
+    assert (asked.contexts, asked.sequence, len(asked.prompt_ids)) == ([400], 400, 300)
+    long = tiny_model(max_position_embeddings=131_072)
+    assert request_of(long, tokenizer, "--context", "65536").contexts == [65_536]
+    with pytest.raises(ValueError, match=r"--context has 131,073; expected 256 to 131,072, the model's own\."):
+        request_of(long, tokenizer, "--context", "131073")
+    with pytest.raises(ValueError, match=r"the model is made for 300 tokens; expected at least 320\."):
+        request_of(tiny_model(max_position_embeddings=300), tokenizer)
 
 
 def test_a_model_that_cannot_be_loaded_is_one_sentence(tmp_path, capsys):

@@ -25,13 +25,13 @@ from mlx_lm.utils import load
 from . import measuring
 from .measuring import Method, Row
 from .spectral.calibrate import codec_for, fast_arithmetic
-from .spectral.calibration_text import context_of, encode
+from .spectral.calibration_text import encode, longest_sequence
 from .spectral.codec import Codec, as_pair
 from .spectral.files import write_atomically
 from .spectral.progress import bar
 
 CONTEXTS = (512, 1024, 2048)
-SEQUENCE = 1024  # tokens of text that are read as one
+SEQUENCE = 1024
 LEAST_TEXT = measuring.PREFILL + 64
 LEAST_CONTEXT = 256  # from which something is packed
 PROMPT_TOKENS = 320
@@ -52,6 +52,7 @@ class Request:
     contexts: list[int]
     tokens: int
     max_tokens: int
+    sequence: int = SEQUENCE  # tokens of text that are read as one, at most
 
 
 def compare(name: str, model: Any, tokenizer: Any, codec: Codec, request: Request) -> Row:
@@ -75,7 +76,8 @@ def compare(name: str, model: Any, tokenizer: Any, codec: Codec, request: Reques
         }
     on_gpu = mx.default_device() == mx.gpu
     return {
-        "kind": "comparison", "model": name, "fingerprint": codec.fingerprint, "context_of_model": context_of(model),
+        "kind": "comparison", "model": name, "fingerprint": codec.fingerprint,
+        "context_of_model": longest_sequence(model) or 0,
         "machine": {
             "system": platform.platform(), "mlx": importlib.metadata.version("mlx"),
             "mlx_lm": importlib.metadata.version("mlx-lm"),
@@ -109,8 +111,7 @@ def _bytes_and_speed(
 
 
 def _quality(model: Any, methods: Sequence[Method], request: Request) -> list[Row]:
-    length = min(SEQUENCE, request.tokens, len(request.ids))
-    count = max(1, min(request.tokens, len(request.ids)) // length)
+    count, length = _sequences(min(request.tokens, len(request.ids)), request.sequence)
     texts = mx.array([[*request.opening, *request.ids[i * length : (i + 1) * length]] for i in range(count)])
     with bar(total=texts.shape[1] * len(methods), desc="next tokens", unit="token") as progress:
         found, caches = measuring.scores(model, methods, texts, progress.update)
@@ -119,6 +120,12 @@ def _quality(model: Any, methods: Sequence[Method], request: Request) -> list[Ro
          "drift": measuring.drift_of(caches[m.name])}
         for m in methods
     ]  # fmt: skip
+
+
+def _sequences(tokens: int, longest: int) -> tuple[int, int]:
+    """(how many texts, tokens of each): at most `longest`, and of equal length, so that next to none are left over."""
+    count = max(1, min(-(-tokens // longest), tokens // LEAST_TEXT))
+    return count, min(tokens // count, longest)
 
 
 def _continuations(model: Any, tokenizer: Any, methods: Sequence[Method], request: Request) -> dict[str, Row]:
@@ -240,20 +247,22 @@ def _request(
     for name, least in (("tokens", LEAST_TEXT), ("max_tokens", 1)):
         if (value := getattr(args, name)) < least:
             raise ValueError(f"--{name.replace('_', '-')} is {value}; expected at least {least}.")
-    most = context_of(model) or 1 << 62
+    opening = _opening(tokenizer)
+    most = longest_sequence(model) or 1 << 62
+    if (left := most - len(opening)) < LEAST_TEXT:
+        raise ValueError(f"the model is made for {most} tokens; expected at least {LEAST_TEXT + len(opening)}.")
     contexts = [c for c in CONTEXTS if c <= most] or [most]
     if args.context is not None:
         contexts = _numbers("context", args.context, int)
     if wrong := [c for c in contexts if not LEAST_CONTEXT <= c <= most]:
         raise ValueError(f"--context has {wrong[0]:,}; expected {LEAST_CONTEXT} to {most:,}, the model's own.")
-    opening = _opening(tokenizer)
     if prompt is None:
-        prompt_ids = opening + ids[:PROMPT_TOKENS]
-        prompt = str(tokenizer.decode(ids[:PROMPT_TOKENS]))
+        beginning = ids[: max(1, min(PROMPT_TOKENS, left - args.max_tokens))]
+        prompt, prompt_ids = str(tokenizer.decode(beginning)), opening + beginning
     else:
         prompt_ids = _prompt_ids(tokenizer, prompt)
     return Request(source, opening, ids[: max(args.tokens, *contexts)], prompt, prompt_ids, bits, contexts, args.tokens,
-                   args.max_tokens)  # fmt: skip
+                   args.max_tokens, min(SEQUENCE, left))  # fmt: skip
 
 
 def _opening(tokenizer: Any) -> list[int]:

@@ -10,6 +10,7 @@ from mlx.utils import tree_flatten
 
 from .cache import ARRAYS_ONLY
 from .options import CacheOptions
+from .spectral.calibration_text import longest_sequence
 from .spectral.codebook import MAX_BITS
 from .spectral.codec import Codec, Plan
 from .spectral.intercept import members_of, plain_caches, read_by_state
@@ -99,15 +100,6 @@ def _unpacked(cache: Any, tokens: int) -> int:
     elif (chunk := getattr(cache, "chunk_size", None)) is not None:
         held = min(held, chunk + step)
     return held * sum(int(x.nbytes) // int(x.shape[2]) for x in (keys, cache.values))
-
-
-def longest_sequence(model: Any) -> int | None:
-    """Tokens of the longest sequence that the model's configuration names, if it names one."""
-    args = getattr(model, "args", None)
-    inner = getattr(args, "text_config", None)
-    places = [getattr(args, "max_position_embeddings", None)]
-    places.append(inner.get("max_position_embeddings") if isinstance(inner, dict) else None)
-    return next((int(n) for n in places if isinstance(n, int) and n > 0), None)
 
 
 _known: weakref.WeakKeyDictionary[Codec, dict[Any, Fit]] = weakref.WeakKeyDictionary()
