@@ -244,6 +244,31 @@ def test_every_mark_is_on_the_page_and_nothing_else_is_marked(report):
     assert "".join(found.marked[2:]) == "[differs:] two[end][missing:] three[end]"  # after the two of the explanation
 
 
+def said_of(report, name):
+    return page(report).split(f"<h3>{name}</h3>")[1].split("</p>")[0]
+
+
+def test_a_text_that_goes_on_is_not_the_same_text(report):
+    assert "10 tokens" not in page(report)
+    report = copy.deepcopy(report)
+    full, *_, ours = report["methods"]
+    for m, tokens in ((full, 10), (ours, 12)):
+        m["continuation"] |= {"tokens": tokens, "same_tokens": 10}
+    assert said_of(report, ours["name"]).endswith("the same for 10 tokens")
+    ours["continuation"]["tokens"] = 10
+    assert said_of(report, ours["name"]).endswith("the same text")
+
+
+def test_a_page_without_differences_or_room_is_still_a_page(report):
+    report = copy.deepcopy(report)
+    for m in report["methods"]:
+        m |= {"kl": 0.0, "kl_999": -1e-9}
+    report["methods"][0]["largest"]["tokens"] = 0
+    found = Page(page(report))
+    assert found.stack == []
+    assert "×" not in "".join(found.shown)
+
+
 HOSTILE = "</script><b onload=alert(1)>\"'&</style></details>"
 
 

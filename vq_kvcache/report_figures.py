@@ -97,7 +97,8 @@ class Scale(NamedTuple):
 def chart(series: Sequence[Series], title: str, x_name: str, y_name: str, log_y: bool = False) -> str:
     """Lines with markers over a linear x, y linear from 0 or logarithmic. Figures stand in a table beside it."""
     shown = [s._replace(points=[p for p in s.points if p[1] > 0 or not log_y]) for s in series]
-    xs, ys = zip(*(p for s in shown for p in s.points), strict=True)
+    points = [p for s in shown for p in s.points] or [(1.0, 1.0)]  # all may be 0, which has no logarithm
+    xs, ys = zip(*points, strict=True)
     low, high = (10 ** math.floor(math.log10(min(ys))), 10 ** math.ceil(math.log10(max(ys)) + 1e-9)) if log_y else (
         0.0, max(ys) * 1.08 or 1.0)  # fmt: skip
     x = Scale(0.0, max(xs) * 1.06, LEFT, WIDTH - RIGHT, False)

@@ -102,8 +102,13 @@ def number(value: float, digits: int = 3) -> str:
 
 
 def counted(count: int | str, word: str) -> str:
-    """1 bit, 2 bits."""
-    return f"{count} {word}{'' if str(count) == '1' else 's'}"
+    """1 bit, 2 bits, spectral 1 bit."""
+    return f"{count} {word}{'' if str(count).split()[-1] == '1' else 's'}"
+
+
+def ratio(part: float, whole: float, digits: int) -> str:
+    """1.5×; a dash where the whole is nothing."""
+    return f"{part / whole:.{digits}f}×" if whole else "–"
 
 
 def looks(report: Report) -> list[tuple[str, int]]:
@@ -143,18 +148,18 @@ def lead(report: Report) -> str:
     """One sentence and four figures."""
     m, full, at = chosen(report), report["methods"][0], longest(report)
     share = m["held"][at]["nbytes"] / full["held"][at]["nbytes"]
-    times = m["largest"]["tokens"] / max(full["largest"]["tokens"], 1)
+    times = ratio(m["largest"]["tokens"], full["largest"]["tokens"], 1)
     tiles = (
-        ("bytes of full precision", f"{share:.0%}", f"at {int(at):,} tokens, {esc(m['name'])} bits"),
+        ("bytes of full precision", f"{share:.0%}", f"at {int(at):,} tokens, {esc(counted(m['name'], 'bit'))}"),
         ("mean KL", f"{number(m['kl'], 2)}", "nats a token, to full precision"),
         ("same top token", f"{m['top1']:.1%}", f"of {m['positions']:,} positions"),
-        ("context that fits", f"{times:.1f}×", "as long as with full precision"),
+        ("context that fits", times, "as long as with full precision"),
     )
     cells = "".join(f"<div><dt>{a}</dt><dd>{b}<small>{c}</small></dd></div>" for a, b, c in tiles)
     return (
         f'<p class="lead">Full precision, mlx-lm’s own quantized cache and the spectral cache, on '
-        f"{esc(report['text']['source'])}. Everything on this page was measured, on {device(report)}."
-        f'</p><dl class="tiles">{cells}</dl>'
+        f"{esc(report['text']['source'])}. Measured on {device(report)}; what is predicted or "
+        f'worked out from that says so.</p><dl class="tiles">{cells}</dl>'
     )
 
 
@@ -231,7 +236,7 @@ def texts(report: Report) -> str:
         c = m["continuation"]
         if m["kind"] == "full":
             said = f"{c['tokens']} tokens, the reference"
-        elif c["same_tokens"] == report["methods"][0]["continuation"]["tokens"]:
+        elif c["same_tokens"] == report["methods"][0]["continuation"]["tokens"] == c["tokens"]:
             said = "the same text"
         else:
             said = f"the same for {counted(c['same_tokens'], 'token')}"
@@ -322,7 +327,7 @@ def fits(report: Report) -> str:
         for m, (style, _) in zip(report["methods"], looks(report), strict=True)
     ]
     rows = [
-        (m["name"], f"{m['largest']['tokens']:,}", f"{m['largest']['tokens'] / max(full, 1):.2f}×",
+        (m["name"], f"{m['largest']['tokens']:,}", ratio(m["largest"]["tokens"], full, 2),
          f"{m['largest']['per_token']:,.1f}", size(m["largest"]["fixed"]), size(m["largest"]["working"]),
          size(m["largest"]["codec"]))
         for m in report["methods"]
