@@ -5,12 +5,13 @@ import html.parser
 import itertools
 import json
 import re
+import warnings
 
 import mlx.core as mx
 import numpy as np
 import pytest
 import tokenizers
-from conftest import VOCABULARY, tiny_model, tiny_tokenizer
+from conftest import VOCABULARY, random_codec, tiny_model, tiny_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 from mlx_lm.generate import maybe_quantize_kv_cache
@@ -18,6 +19,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from vq_kvcache import cli, compare, hooks, make_prompt_cache, measuring
 from vq_kvcache.cache import CacheOptions
+from vq_kvcache.drift import UNLIKE
 from vq_kvcache.report_page import SECTIONS, page
 from vq_kvcache.spectral.codec import Codec, fingerprint
 
@@ -116,16 +118,69 @@ def test_bytes_are_those_of_caches_that_read_the_text_themselves(report, model, 
 
 def test_the_largest_context_is_the_last_that_fits():
     held = {1000: (5_000_000, 6_000_000), 3000: (9_000_000, 10_500_000)}
-    found = measuring.largest_context(100_000_000, 7_000_000, 500_000, held)
-    assert found["per_token"] == 2000
+    found = measuring.largest_context(100_000_000, 7_000_000, 500_000, held, bounded=True)
+    assert (found["per_token"], found["working_per_token"]) == (2000, 0)
     assert found["fixed"] == 9_000_000 - 3000 * 2000
 
     def needed(tokens):
         return 7_000_000 + 500_000 + 3_000_000 + 1_500_000 + 2000 * tokens
 
     assert needed(found["tokens"]) <= 100_000_000 < needed(found["tokens"] + 1)
-    assert measuring.largest_context(1000, 7_000_000, 0, held)["tokens"] == 0
-    assert measuring.largest_context(10_000_000, 0, 0, {1000: (5_000_000, 5_000_000)})["tokens"] == 2000
+    assert measuring.largest_context(1000, 7_000_000, 0, held, bounded=True)["tokens"] == 0
+    for bounded in (True, False):
+        one = {1000: (5_000_000, 5_000_000)}
+        assert measuring.largest_context(10_000_000, 0, 0, one, bounded=bounded)["tokens"] == 2000
+
+
+def test_working_memory_that_grows_with_the_context_takes_room_from_it():
+    held = {1000: (5_000_000, 5_300_000), 3000: (9_000_000, 9_700_000)}  # 100,000 and 200 a token
+    found = measuring.largest_context(100_000_000, 7_000_000, 0, held, bounded=False)
+    assert (found["working_per_token"], found["working"]) == (200, 100_000)
+    assert found["tokens"] == (100_000_000 - 7_000_000 - 3_000_000 - 100_000) // 2200
+
+
+def test_only_drift_is_left_to_the_report_other_warnings_are_told(monkeypatch, model, tokenizer, nats):
+    def warned(*_):
+        warnings.warn(f"{UNLIKE} (so and so)", stacklevel=1)
+        warnings.warn("the kernels do not work here", stacklevel=1)
+        raise ValueError("enough")
+
+    monkeypatch.setattr(measuring, "methods", warned)
+    with pytest.warns(UserWarning, match="kernels") as told, pytest.raises(ValueError, match="enough"):
+        compare.compare("tiny", model, tokenizer, nats, REQUEST)
+    assert [str(w.message) for w in told] == ["the kernels do not work here"]
+
+
+def test_bits_are_those_of_all_numbers_alike():
+    plan = random_codec(layers=1, heads=2, key_dims=64, value_dims=16).plan((4.0, 1.0))
+    keys, values = plan.layers[0].keys, plan.layers[0].values
+    assert (keys.bits_per_value, values.bits_per_value) == (4.0, 1.0)
+    assert measuring.stored_bits(plan) == (4.0 * 64 + 1.0 * 16) / (64 + 16)
+
+
+def test_nothing_is_timed_that_was_not_done_before(monkeypatch, model, nats):
+    done, timed = set(), set()
+    forward, peak = measuring.Method.forward, measuring._peak
+
+    def seen(self, model, ids, caches):
+        done.add((self.name, ids.shape[1] if ids.shape[1] > 1 else "step"))
+        return forward(self, model, ids, caches)
+
+    def watched(run, before):
+        earlier = set(done)
+        result = peak(run, before)
+        timed.update(done - earlier)
+        return result
+
+    compared = measuring.methods(model, nats, [2.0])[0]
+    monkeypatch.setattr(measuring.Method, "forward", seen)
+    monkeypatch.setattr(measuring, "_peak", watched)
+    monkeypatch.setattr(measuring, "held", lambda *_: ())
+    monkeypatch.setattr(compare, "backend", lambda: "one that compiles")
+    compare._bytes_and_speed(model, compared, REQUEST)
+    assert timed == set()
+    assert {name for name, _ in done} == {measuring.FULL, measuring.MLX, "spectral 2"}
+    assert {count for _, count in done} == {compare.READ_TOKENS, measuring.PIECE, "step"}
 
 
 def test_the_report_subtracts_what_was_measured(report):
@@ -136,7 +191,8 @@ def test_the_report_subtracts_what_was_measured(report):
         grown = longest["nbytes"] - row["held"]["256"]["nbytes"]
         assert found["per_token"] == (grown / 512 if grown else longest["nbytes"] / 768)
         left = machine["memory_bytes"] - machine["active_bytes"] - found["codec"] - found["fixed"] - found["working"]
-        assert found["tokens"] == int(left / found["per_token"])
+        assert found["tokens"] == int(left / (found["per_token"] + found["working_per_token"]))
+        assert (found["working_per_token"] > 0) >= (row["kind"] == "mlx")
         assert (found["codec"] > 0) == (row["kind"] == "spectral")
 
 
@@ -404,8 +460,6 @@ def test_a_model_that_mlx_cannot_quantize_is_compared_without(tokenizer):
 
 
 def odd_layers():
-    from conftest import random_codec
-
     return random_codec(layers=2, key_dims=48).layers
 
 

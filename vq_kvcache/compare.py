@@ -23,6 +23,8 @@ import mlx.core as mx
 from mlx_lm.utils import load
 
 from . import measuring
+from .drift import UNLIKE
+from .kernels import backend
 from .measuring import Method, Row
 from .spectral.calibrate import codec_for, fast_arithmetic
 from .spectral.calibration_text import encode, longest_sequence
@@ -59,7 +61,7 @@ def compare(name: str, model: Any, tokenizer: Any, codec: Codec, request: Reques
     """Measure everything; returns the report as plain JSON, which `report_page.page` shows."""
     active = measuring.active_bytes()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # drift is in the report
+        warnings.filterwarnings("ignore", message=UNLIKE)  # drift is in the report
         methods, missing = measuring.methods(model, codec, request.bits)
         held, reading = _bytes_and_speed(model, methods, request)
         with fast_arithmetic(model):
@@ -71,7 +73,9 @@ def compare(name: str, model: Any, tokenizer: Any, codec: Codec, request: Reques
         row |= {
             "held": {str(c): held[method.name, c] for c in request.contexts},
             "read_tokens_per_second": reading[method.name],
-            "largest": measuring.largest_context(memory, active, measuring.codec_bytes(method), sizes),
+            "largest": measuring.largest_context(
+                memory, active, measuring.codec_bytes(method), sizes, bounded=method.kind == "spectral"
+            ),
             "continuation": texts[method.name],
         }
     on_gpu = mx.default_device() == mx.gpu
@@ -101,9 +105,10 @@ def _bytes_and_speed(
     total = len(methods) * (READ_TOKENS + len(request.contexts) * measuring.JUDGED)
     ids = [*request.opening, *itertools.islice(itertools.cycle(request.ids), max(request.contexts))]
     with bar(total=total, desc="bytes and speed", unit="token") as progress:
-        measuring.reading_speed(model, methods[0], ids[:64])  # what is compiled or loaded once is not timed
         reading = {}
         for method in methods:
+            if method is methods[0] or backend() != "ops":  # kernels take seconds to compile
+                measuring.warm(model, method, (ids + ids)[: READ_TOKENS + measuring.PIECE + 1])
             reading[method.name] = measuring.reading_speed(model, method, ids[:READ_TOKENS])
             progress.update(READ_TOKENS)
         rows = measuring.held(model, methods, ids, request.contexts, progress.update)

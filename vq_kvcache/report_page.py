@@ -329,21 +329,24 @@ def fits(report: Report) -> str:
     rows = [
         (m["name"], f"{m['largest']['tokens']:,}", ratio(m["largest"]["tokens"], full, 2),
          f"{m['largest']['per_token']:,.1f}", size(m["largest"]["fixed"]), size(m["largest"]["working"]),
-         size(m["largest"]["codec"]))
+         f"{m['largest']['working_per_token']:,.1f}", size(m["largest"]["codec"]))
         for m in report["methods"]
     ]  # fmt: skip
-    columns = ("cache", "tokens", "of full precision", "bytes per token", "fixed bytes", "working memory", "codec")
+    columns = ("cache", "tokens", "of full precision", "bytes per token", "fixed bytes", "working memory",
+               "working per token", "codec")  # fmt: skip
     own = report["context_of_model"]
     limit = f" The model itself is made for {own:,} tokens; beyond that only the memory would do." if own else ""
     return (
         f"<p>One conversation in {size(machine['memory_bytes'])} ({esc(machine['memory'])}), of which "
         f"{size(machine['active_bytes'])} are the model’s.{limit}</p>"
         + figure(figures.bars(bars, "Largest context with each cache."), "Tokens that fit, nothing else running.")
-        + "<p><code>tokens = (memory − active − codec − fixed − working) / bytes per token</code></p>"
+        + "<p><code>tokens = (memory − active − codec − fixed − working) / (bytes per token + working per token)"
+        + "</code></p>"
         + table("What the formula was given", columns, rows)
         + '<p class="dim">Active: what MLX held with the model loaded and no cache. Bytes per token: growth of the '
         "cache’s measured bytes between the shortest and the longest context. Fixed: what it holds beyond that, such "
-        "as the exact window. Working memory: measured peak of decoding at the longest context beyond the cache.</p>"
+        "as the exact window. Working memory: measured peak of decoding beyond the cache; what of it grows with the "
+        "context is counted per token. Attention on codes works in tiles, whose size is bounded.</p>"
     )
 
 
