@@ -1,8 +1,9 @@
 """How a spectral cache gets into mlx-lm: with spectral/intercept.py, the only file that alters mlx-lm or MLX.
 
-Three names of mlx-lm are replaced, always through their modules: `generate_step` and `speculative_generate_step`, which
-take `cache=`, and `utils.load_model`, which attaches what it loads; and for the server `ModelProvider.load`, which
-detaches its draft. `uninstall` puts all of them back.
+Functions of mlx-lm are replaced through their modules. By `attach`: `generate_step` and `speculative_generate_step`,
+which take `cache=`. By `install` besides: `load_model`, which attaches what it loads; the server's
+`ModelProvider.load`, which detaches its draft, and its search for stored prompts; `make_prompt_cache` and
+`load_prompt_cache` wherever they are bound. `uninstall` puts all of them back.
 """
 
 import contextlib
