@@ -217,7 +217,7 @@ class Empty(nn.Module):
 
 
 def test_a_model_that_never_shows_its_keys_is_refused():
-    with pytest.raises(ValueError, match="no layer of this model passed keys to mx"):
+    with pytest.raises(ValueError, match="no layer of this model has a KV cache to pack; expected full"):
         rotations_of(Empty())
 
 

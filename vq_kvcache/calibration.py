@@ -9,6 +9,7 @@ from mlx_lm.utils import load
 from .inspection import predicted
 from .spectral.calibrate import calibrate_codec
 from .spectral.codec import stored_path
+from .spectral.files import require_writable
 
 
 def main(argv: list[str]) -> int:
@@ -21,6 +22,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--output", type=pathlib.Path, help="file to write (default: where the cache looks for it)")
     args = parser.parse_args(argv)
     try:
+        if args.output is not None:
+            require_writable(args.output)  # calibrating takes minutes
         texts = None if args.text is None else [path.read_text("utf-8") for path in args.text]
         model, tokenizer = load(args.model)[:2]
         codec = calibrate_codec(model, tokenizer, args.samples, args.length, texts=texts)

@@ -29,7 +29,7 @@ from .measuring import Method, Row
 from .spectral.calibrate import codec_for, fast_arithmetic
 from .spectral.calibration_text import encode, longest_sequence
 from .spectral.codec import Codec, as_pair
-from .spectral.files import write_atomically
+from .spectral.files import require_writable, write_atomically
 from .spectral.progress import bar
 
 CONTEXTS = (512, 1024, 2048)
@@ -174,6 +174,8 @@ def main(argv: list[str]) -> int:
         bits = _numbers("bits", args.bits, float)
         for b in bits:
             as_pair(b)
+        for path in filter(None, (args.output, args.json)):
+            require_writable(path)  # measuring takes minutes
         source, text = _text(args.text)
         prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
         model, tokenizer = _load(args.model)
@@ -214,7 +216,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _numbers(name: str, given: str, kind: type[float] | type[int]) -> list[Any]:
     try:
-        return sorted({kind(part) for part in given.split(",")})
+        return sorted({round(kind(part), 4) for part in given.split(",")})  # budgets are named by as many digits
     except ValueError:
         raise ValueError(
             f"--{name} is {given!r}; expected {'whole numbers' if kind is int else 'numbers'} separated by commas, as "

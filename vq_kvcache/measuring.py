@@ -20,7 +20,7 @@ from .cache import SpectralKVCache
 from .hooks import make_prompt_cache, own_caches
 from .options import CacheOptions
 from .spectral.codec import Codec, Plan
-from .spectral.intercept import members_of, replace_kv, uses
+from .spectral.intercept import members_of, replace_kv, require_layers, uses
 from .spectral.participation_ratio import compute_participation_ratio
 from .storage import LAG
 
@@ -86,6 +86,7 @@ def methods(model: Any, codec: Codec, bits: Sequence[float]) -> tuple[list[Metho
 
     The model must be in the arithmetic that its codec was made for. ValueError for a budget out of range.
     """
+    require_layers(uses(model))
     found = [Method(FULL, "full", 8.0 * _itemsize(model), own_caches(model))]
     theirs = _mlx_method(model)
     if isinstance(theirs, Method):

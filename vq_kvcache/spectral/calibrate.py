@@ -114,6 +114,7 @@ def calibrate_codec(
     """
     if objective not in ("fisher", "variance"):
         raise ValueError(f'objective is {objective!r}; expected "fisher" or "variance".')
+    require_layers(uses(model))
     name = codecs.fingerprint(model)
     made: tuple[Layers, dict[str, Any]] | None = None
     with fast_arithmetic(model):
