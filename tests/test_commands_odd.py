@@ -3,17 +3,20 @@
 import mlx.core as mx
 import pytest
 from conftest import VOCABULARY, random_codec, random_prompt, tiny_tokenizer
+from huggingface_hub import errors
 from mlx_lm.models import mamba
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from vq_kvcache import calibration, cli, compare
+from vq_kvcache import calibration, cli, compare, inspection
+from vq_kvcache.fitting import Fit
+from vq_kvcache.options import CacheOptions
 from vq_kvcache.spectral import calibrate
 
 
 @pytest.fixture
 def never(monkeypatch):
     """Nothing is loaded."""
-    for module, name in ((compare, "_load"), (calibration, "load")):
+    for module, name in ((compare, "loaded"), (calibration, "loaded")):
         monkeypatch.setattr(module, name, lambda *_: pytest.fail("a model was loaded"))
 
 
@@ -44,7 +47,7 @@ def recurrent():
 
 @pytest.mark.parametrize("codec", [False, True])
 def test_a_model_with_nothing_to_pack_is_one_sentence(codec, recurrent, monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(compare, "_load", lambda _: (recurrent, TokenizerWrapper(tiny_tokenizer())))
+    monkeypatch.setattr(compare, "loaded", lambda _: (recurrent, TokenizerWrapper(tiny_tokenizer())))
     monkeypatch.setattr(calibrate, "calibration_sequences", lambda *_, **__: pytest.fail("calibration began"))
     text, file = tmp_path / "text.txt", tmp_path / "other.codec"
     text.write_text(" ".join(f"w{i}" for i in random_prompt(400)))
@@ -69,3 +72,32 @@ def test_an_interrupted_command_ends_in_a_line(monkeypatch, capsys):
     monkeypatch.setattr(compare, "main", main)
     assert cli.main(["compare", "some/model"]) == 130
     assert capsys.readouterr().err == "\nvq_kvcache compare: interrupted\n"
+
+
+@pytest.mark.parametrize("command", ["compare", "calibrate", "inspect"])
+def test_a_model_that_is_nowhere_is_one_line(command, monkeypatch, tmp_path, capsys):
+    def load(*_, **__):
+        raise errors.LocalEntryNotFoundError("cannot be reached\nAn error happened, please")
+
+    monkeypatch.setattr(inspection, "load", load)
+    monkeypatch.chdir(tmp_path)
+    assert cli.main([command, "some/model"]) == 1
+    reason = "cannot be reached); expected a model that mlx_lm.load takes."
+    assert capsys.readouterr().err == f"vq_kvcache {command}: some/model cannot be loaded ({reason}\n"
+
+
+def test_a_context_alone_is_refused_by_inspect(capsys):
+    assert cli.main(["inspect", "some/model", "--kv-context", "100"]) == 1
+    assert "--kv-context was given alone; expected --kv-memory or --kv-max-kl with it." in capsys.readouterr().err
+
+
+def test_a_budget_beside_what_chooses_one_is_refused():
+    for chooses in ({"memory": "2GB"}, {"max_kl": 0.01}):
+        with pytest.raises(ValueError, match=r"bits_per_value=3\.0 was given with memory or max_kl, which choose it"):
+            CacheOptions(3.0, **chooses)
+        assert CacheOptions(**chooses).bits_per_value == 2.0
+
+
+def test_a_fit_of_no_limit_speaks_of_no_longest_sequence():
+    assert str(Fit(2.0, 4096, 2_000_000, 0.001)).startswith("2.0 bits: 4,096 tokens in 2.0 MB; ")
+    assert str(Fit(2.0, 1, 1_000_000, 0.001)).startswith("2.0 bits: a token takes 1.0 MB; ")

@@ -289,6 +289,7 @@ def test_the_page_is_whole_and_loads_nothing(report):
         assert f"{row['held']['768']['nbytes']:,}" in text
         assert f"{row['largest']['tokens']:,}" in text
         assert f"{row['top1']:.2%}" in text
+    assert "At one context" not in text
 
 
 def test_every_mark_is_on_the_page_and_nothing_else_is_marked(report):
@@ -395,6 +396,8 @@ def test_the_command_writes_the_page_and_the_figures(model_folder, stored_codec,
         assert f"{m['kl']:.5f}" in line
         assert f"{m['held']['256']['nbytes']:,}" in line
     assert str(target) in shown
+    assert "At one context the window counts as if it grew, so more fit" in shown
+    assert "At one context" in page(figures)
 
 
 @pytest.mark.parametrize(

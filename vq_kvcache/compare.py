@@ -20,10 +20,10 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import mlx.core as mx
-from mlx_lm.utils import load
 
 from . import measuring
 from .drift import UNLIKE
+from .inspection import loaded
 from .kernels import backend
 from .measuring import Method, Row
 from .spectral.calibrate import codec_for, fast_arithmetic
@@ -178,7 +178,7 @@ def main(argv: list[str]) -> int:
             require_writable(path)  # measuring takes minutes
         source, text = _text(args.text)
         prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
-        model, tokenizer = _load(args.model)
+        model, tokenizer = loaded(args.model)
         request = _request(args, model, tokenizer, source, text, prompt, bits)
         codec = Codec.load(args.codec) if args.codec else codec_for(model, tokenizer)
         name = pathlib.Path(args.model).resolve().name if pathlib.Path(args.model).is_dir() else args.model
@@ -234,15 +234,6 @@ def _text(path: pathlib.Path | None) -> tuple[str, str]:
         raise ValueError(f"--text {path} cannot be read ({error.strerror}); expected a text file.") from None
     except UnicodeDecodeError:
         raise ValueError(f"--text {path} is not UTF-8; expected plain text; convert it first.") from None
-
-
-def _load(path: str) -> tuple[Any, Any]:
-    try:
-        model, tokenizer = load(path)[:2]
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise ValueError(f"{path} cannot be loaded ({reason[0]}); expected a model that mlx_lm.load takes.") from None
-    return model, tokenizer
 
 
 def _request(
@@ -312,3 +303,5 @@ def table(report: Row) -> Iterator[str]:
         yield f"mlx-lm's own quantized cache was left out: {report['missing']}"
     memory = report["machine"]["memory_bytes"] / 1e9
     yield f"fits: tokens of one context in {memory:.1f} GB beside the model; tokens/s: decoding at {int(longest):,}."
+    if len(report["contexts"]) == 1:
+        yield "At one context the window counts as if it grew, so more fit; --context 512,1024 tells how many."

@@ -9,7 +9,7 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from .cache import ARRAYS_ONLY
-from .options import CacheOptions
+from .options import DEFAULT_BITS, CacheOptions
 from .spectral.calibration_text import longest_sequence
 from .spectral.codebook import MAX_BITS
 from .spectral.codec import Codec, Plan
@@ -17,7 +17,6 @@ from .spectral.intercept import members_of, plain_caches, read_by_state
 from .storage import most_bytes
 
 STEPS_PER_BIT = 16
-DEFAULT_BITS = 2.0
 LEAST_BITS = 0.25
 # Where the context is ours to choose, none is bought with fewer bits: README's tables begin here.
 LEAST_BITS_UNASKED = 1.0
@@ -41,7 +40,9 @@ class Fit:
         if self.predicted_kl is not None:
             kl = f"predicted KL {self.predicted_kl:.2g} on text like the calibration's"
         bits = f"{self.bits:.2f}".removesuffix("0")
-        return f"{bits} bits: {self.tokens:,} tokens in {size(self.nbytes)}; {kl}"
+        # Without a limit of the model's there is no longest sequence to speak of.
+        held = f"{self.tokens:,} tokens in" if self.tokens > 1 else "a token takes"
+        return f"{bits} bits: {held} {size(self.nbytes)}; {kl}"
 
 
 def size(nbytes: int) -> str:

@@ -346,7 +346,8 @@ def fits(report: Report) -> str:
         + '<p class="dim">Active: what MLX held with the model loaded and no cache. Bytes per token: growth of the '
         "cache’s measured bytes between the shortest and the longest context. Fixed: what it holds beyond that, such "
         "as the exact window. Working memory: measured peak of decoding beyond the cache; what of it grows with the "
-        "context is counted per token. Attention on codes works in tiles, whose size is bounded.</p>"
+        "context is counted per token. Attention on codes works in tiles, whose size is bounded."
+        f"{' At one context the window counts as if it grew, so more fit.' if len(report['contexts']) == 1 else ''}</p>"
     )
 
 
