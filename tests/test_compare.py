@@ -430,9 +430,9 @@ def test_what_cannot_be_compared_is_one_sentence(options, sentence, model_folder
     assert not output.exists()
 
 
-def request_of(model, tokenizer, *options):
+def request_of(model, tokenizer, *options, prompt=None):
     args = compare._parser().parse_args(["model", *options])
-    return compare._request(args, model, tokenizer, "words", " ".join(f"w{i}" for i in IDS * 3), None, [2.0])
+    return compare._request(args, model, tokenizer, "words", " ".join(f"w{i}" for i in IDS * 3), prompt, [2.0])
 
 
 def test_the_models_own_limit_bounds_what_is_read(tokenizer):
@@ -443,6 +443,9 @@ def test_the_models_own_limit_bounds_what_is_read(tokenizer):
     assert request_of(long, tokenizer, "--context", "65536").contexts == [65_536]
     with pytest.raises(ValueError, match=r"--context has 131,073; expected 256 to 131,072, the model's own\."):
         request_of(long, tokenizer, "--context", "131073")
+    with pytest.raises(ValueError, match=r"prompt has 5 tokens and --max-tokens is 396; expected at most 400 together"):
+        request_of(short, tokenizer, "--max-tokens", "396", prompt="w2 w3 w4 w5 w6")
+    assert len(request_of(short, tokenizer, "--max-tokens", "395", prompt="w2 w3 w4 w5 w6").prompt_ids) == 5
     with pytest.raises(ValueError, match=r"the model is made for 300 tokens; expected at least 320\."):
         request_of(tiny_model(max_position_embeddings=300), tokenizer)
 

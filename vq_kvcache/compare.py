@@ -259,6 +259,11 @@ def _request(
         prompt, prompt_ids = str(tokenizer.decode(beginning)), opening + beginning
     else:
         prompt_ids = _prompt_ids(tokenizer, prompt)
+    if len(prompt_ids) + args.max_tokens > most:
+        raise ValueError(
+            f"the prompt has {len(prompt_ids):,} tokens and --max-tokens is {args.max_tokens:,}; expected at most "
+            f"{most:,} together, the model's own limit."
+        )
     return Request(source, opening, ids[: max(args.tokens, *contexts)], prompt, prompt_ids, bits, contexts, args.tokens,
                    args.max_tokens, min(SEQUENCE, left))  # fmt: skip
 
