@@ -1,5 +1,7 @@
 """compare and calibrate on odd input: what would be found out after minutes is found out at once."""
 
+import warnings
+
 import mlx.core as mx
 import pytest
 from conftest import VOCABULARY, random_codec, random_prompt, tiny_tokenizer
@@ -7,7 +9,7 @@ from huggingface_hub import errors
 from mlx_lm.models import mamba
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from vq_kvcache import calibration, cli, compare, inspection
+from vq_kvcache import calibration, cli, compare, demo, inspection
 from vq_kvcache.fitting import Fit
 from vq_kvcache.options import CacheOptions
 from vq_kvcache.spectral import calibrate
@@ -101,3 +103,30 @@ def test_a_budget_beside_what_chooses_one_is_refused():
 def test_a_fit_of_no_limit_speaks_of_no_longest_sequence():
     assert str(Fit(2.0, 4096, 2_000_000, 0.001)).startswith("2.0 bits: 4,096 tokens in 2.0 MB; ")
     assert str(Fit(2.0, 1, 1_000_000, 0.001)).startswith("2.0 bits: a token takes 1.0 MB; ")
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (
+            ["--bits", "9"],
+            "bits_per_value is 9.0; expected a number from 0.25 to 8, or one for keys and one for values.",
+        ),
+        (["--tokens", "0"], "--tokens is 0; expected at least 1."),
+        (["--plot", "."], ". cannot be written (Is a directory); expected a file in a folder that can."),
+    ],
+)
+def test_what_cannot_be_shown_is_one_sentence(options, sentence, monkeypatch, capsys):
+    monkeypatch.setattr(demo, "load", lambda *_: pytest.fail("a model was loaded"))
+    assert cli.main(["demo", *options]) == 1
+    assert capsys.readouterr().err == f"vq_kvcache demo: {sentence}\n"
+
+
+@pytest.mark.parametrize(("samples", "length"), [(0, 1024), (2, 0)])
+def test_numbers_of_samples_that_are_none_are_not_blamed_on_the_model(samples, length, model, tokenizer):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(
+            ValueError, match=f"{samples} samples of {length} tokens; expected at least 1 of at least 2"
+        ):
+            calibrate.calibrate_codec(model, tokenizer, samples, length)

@@ -253,7 +253,8 @@ def _request(
     if args.context is not None:
         contexts = _numbers("context", args.context, int)
     if wrong := [c for c in contexts if not LEAST_CONTEXT <= c <= most]:
-        raise ValueError(f"--context has {wrong[0]:,}; expected {LEAST_CONTEXT} to {most:,}, the model's own.")
+        end = f"to {most:,}, the model's own" if most < 1 << 62 else "or more"
+        raise ValueError(f"--context has {wrong[0]:,}; expected {LEAST_CONTEXT} {end}.")
     if prompt is None:
         beginning = ids[: max(1, min(PROMPT_TOKENS, left - args.max_tokens))]
         prompt, prompt_ids = str(tokenizer.decode(beginning)), opening + beginning

@@ -124,7 +124,8 @@ def calibrate_codec(
                 made = _fisher(model, text, sequence_length, Setting(window, sinks, seed), name, memory_budget)
             except (ValueError, RuntimeError) as error:
                 if any(
-                    known in str(error) for known in ("activations hold", "memory_budget", "calibration texts hold")
+                    known in str(error)
+                    for known in ("activations hold", "memory_budget", "calibration texts hold", "samples of")
                 ):
                     raise
                 warnings.warn(f"no gradients through this model ({error}): calibrating by variance.", stacklevel=2)
