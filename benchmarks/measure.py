@@ -5,6 +5,7 @@ import json
 import math
 import pathlib
 import platform
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -213,8 +214,49 @@ def load_with_codec(path: str, codec_file: str | None) -> tuple[Any, Any, int, C
     return model, tokenizer, head_dim, codec, identity
 
 
+def machine() -> dict[str, str]:
+    """The machine and the versions that a result was measured with."""
+    device = mx.device_info().get("device_name", "") if mx.default_device() == mx.gpu else "CPU"
+    versions = {"mlx": mx.__version__, "mlx_lm": mlx_lm.__version__}
+    return {"system": platform.platform(), **versions, "device": str(device)}
+
+
 def save(file: pathlib.Path, result: dict[str, Any]) -> None:
     """Write a result with the machine it ran on."""
-    machine = {"system": platform.platform(), "mlx": mx.__version__, "mlx_lm": mlx_lm.__version__}
-    device = mx.device_info().get("device_name", "") if mx.default_device() == mx.gpu else "CPU"
-    write_atomically(file, (json.dumps({"machine": machine | {"device": device}, **result}, indent=1) + "\n").encode())
+    write_atomically(file, (json.dumps({"machine": machine(), **result}, indent=1) + "\n").encode())
+
+
+def first_line(error: Exception) -> str:
+    """The first line of what an error says, for a result."""
+    return str(error).strip().split("\n", 1)[0][:300]
+
+
+class Results:
+    """Cells of one benchmark by name, saved after every one: what is there already, measured on this machine with these
+    settings, is not measured again."""
+
+    def __init__(self, file: pathlib.Path, settings: dict[str, Any]) -> None:
+        self.file, self.settings = file, settings
+        old = json.loads(file.read_text("utf-8")) if file.exists() else {}
+        same = all(old.get(name) == value for name, value in {**settings, "machine": machine()}.items())
+        self.cells: dict[str, Any] = old.get("cells", {}) if same else {}
+
+    def cell(self, name: str, kinds: dict[str, Any], run: Callable[[str, Any], Any]) -> None:
+        """Run `run(kind, kinds[kind])` for each kind unless the cell is there; errors are kept, and tried again."""
+        if "error" not in self.cells.get(name, {"error": ""}):
+            print(f"{name}: measured before", flush=True)
+            return
+        start, made = time.perf_counter(), {}
+        for kind, value in kinds.items():
+            try:
+                made[kind] = run(kind, value)
+            except (RuntimeError, ValueError, MemoryError) as error:  # no such kernel there, or too little memory
+                made["error"] = f"{kind}: {first_line(error)}"
+            print(f"{name}, {kind}: {json.dumps(made.get(kind, made.get('error')))}", flush=True)
+        self.cells[name] = made
+        self.save()
+        print(f"{name}: {time.perf_counter() - start:.0f} s", flush=True)
+
+    def save(self) -> None:
+        """Write the file anew."""
+        save(self.file, {**self.settings, "cells": self.cells})

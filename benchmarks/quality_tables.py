@@ -15,6 +15,7 @@ SHOWN = (
 )  # fmt: skip
 SUMMED = ("spectral 1", "spectral 2", "spectral 3", "random rotation 2", "random rotation 3", "mlx affine 3",
           "mlx affine 4", "mlx as shipped 4")  # fmt: skip
+FEWEST_FOUND = 20  # tokens of planted facts for a share to mean something
 LIKE_CALIBRATION = ("encyclopaedia", "factbook", "prose", "python")
 # Method, what it is held against, the largest ratio of KL, geometric mean over domains.
 TARGETS = (
@@ -168,10 +169,10 @@ def rings(results: list[Result]) -> str:
 
 
 def recall(results: list[Result]) -> str:
-    """Share of planted facts' tokens still right, by distance."""
+    """Share of planted facts' tokens still right, by distance; not where full precision finds next to none."""
     lines = []
     for result in results:
-        columns = {d: r for d, r in result["distances"].items() if r["found_at_full_precision"]}
+        columns = {d: r for d, r in result["distances"].items() if r["found_at_full_precision"] >= FEWEST_FOUND}
         if not columns:
             continue
         head = [f"{int(d):,} back ({r['found_at_full_precision']} tokens)" for d, r in columns.items()]

@@ -10,6 +10,7 @@ import re
 from typing import Any
 
 import quality_tables
+import speed_tables
 
 HERE = pathlib.Path(__file__).resolve().parent
 README = HERE.parent / "README.md"
@@ -158,6 +159,12 @@ def _results(pattern: str) -> list[dict[str, Any]]:
     return sorted(read, key=lambda r: ("tiny" not in r["model"], r["model"], r.get("mode", ""), r.get("context", 0)))
 
 
+def _result(name: str) -> dict[str, Any] | None:
+    """One result; None where it was not measured yet."""
+    file = RESULTS / f"{name}.json"
+    return json.loads(file.read_text()) if file.exists() else None
+
+
 def _shortest(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [r for r in results if r["context"] == min(s["context"] for s in results)]
 
@@ -185,6 +192,9 @@ def tables() -> dict[str, str]:
         "kernel": kernel(json.loads((RESULTS / "kernel.json").read_text())),
         "speculative": speculative(json.loads((RESULTS / "speculative.json").read_text())),
         "memory": memory(held),
+        "roofline": speed_tables.roofline(json.loads((RESULTS / "roofline.json").read_text())),
+        "speed": speed_tables.speed(_result("speed")),
+        "long-run": speed_tables.long_run(_result("long-run")),
     }
 
 

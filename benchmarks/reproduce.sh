@@ -6,6 +6,8 @@
 #
 # OUT gets codec-MODEL.safetensors and the JSON files of benchmarks/results. For the shape of 8 billion parameters:
 #     python benchmarks/calibration.py llama-8b --out OUT/calibration-llama-8b.json
+# Speed and long runs, on a GPU of 80 GB, each saved cell by cell, too:
+#     python benchmarks/kernel.py && python benchmarks/speed.py && python benchmarks/memory.py --long
 set -u
 model=$1 out=$2 sequences=${3:-64}
 name=$(basename "$model")

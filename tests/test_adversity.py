@@ -25,7 +25,7 @@ from conftest import (
 )
 
 import vq_kvcache
-from vq_kvcache import SpectralKVCache, attachment
+from vq_kvcache import SpectralKVCache, attachment, hooks
 from vq_kvcache.batch_cache import BatchSpectralKVCache
 from vq_kvcache.spectral import calibrate, intercept
 from vq_kvcache.spectral.codec import Codec, fingerprint, stored_path
@@ -248,6 +248,57 @@ def test_install_and_uninstall_from_two_threads_leave_mlx_lm_as_it_was():
         list(pool.map(toggle, range(2)))
     vq_kvcache.uninstall()
     assert symbols() == PRISTINE
+
+
+class Meanwhile:
+    """Another thread that runs `other` when this is first called: to its end, or until it waits for the caller."""
+
+    def __init__(self, other):
+        self.thread, self.started = threading.Thread(target=other), False
+
+    def __call__(self):
+        if not self.started:
+            self.started = True
+            self.thread.start()
+            self.thread.join(0.3)
+
+
+@pytest.mark.parametrize(("place", "name"), [(hooks, "_owner"), (intercept, "enable")])
+def test_who_attaches_while_another_attaches_replaces_nothing_twice(monkeypatch, place, name):
+    models, original = [tiny_model(), tiny_model()], getattr(place, name)
+    meanwhile = Meanwhile(lambda: vq_kvcache.attach(models[1]))
+
+    def slow(*args):
+        meanwhile()
+        return original(*args)
+
+    monkeypatch.setattr(place, name, slow)
+    vq_kvcache.attach(models[0])
+    meanwhile.thread.join()
+    assert all({"_vq_kvcache", "make_cache"} <= set(vars(model)) for model in models)
+    vq_kvcache.uninstall()
+    assert symbols() == PRISTINE
+    assert not any({"_vq_kvcache", "make_cache"} & set(vars(model)) for model in models)
+
+
+def test_who_detaches_while_another_attaches_leaves_no_half_of_it():
+    class Model:
+        def __setattr__(self, name, value):
+            super().__setattr__(name, value)
+            meanwhile()
+
+    model = Model()
+    meanwhile = Meanwhile(lambda: hooks.detach(model))
+    vq_kvcache.attach(model)
+    meanwhile.thread.join()
+    assert vars(model) == {}
+
+
+def test_a_model_that_is_attached_again_is_kept_once():
+    model = tiny_model()
+    for _ in range(3):
+        vq_kvcache.attach(model)
+    assert [ref() for ref in hooks._attached if ref() is model] == [model]
 
 
 def test_the_first_codec_is_made_once_for_two_threads(monkeypatch):

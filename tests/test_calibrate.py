@@ -1,5 +1,6 @@
 import argparse
 import inspect
+import types
 import warnings
 
 import mlx.core as mx
@@ -216,7 +217,7 @@ class Empty(nn.Module):
 
 
 def test_a_model_that_never_shows_its_keys_is_refused():
-    with pytest.raises(ValueError, match="no layer of this model passed keys to mx"):
+    with pytest.raises(ValueError, match="no layer of this model has a KV cache to pack; expected full"):
         rotations_of(Empty())
 
 
@@ -384,6 +385,20 @@ def test_the_context_is_the_models_and_bounded(model):
     assert calibration_text.context_of(model) == calibration_text.context_of(Empty()) == 0
     assert calibration_text.context_of(tiny_model(max_position_embeddings=4096, **SIZES)) == 4096
     assert calibration_text.context_of(tiny_model(max_position_embeddings=10**6, **SIZES)) == 32768
+
+
+def test_the_longest_sequence_is_read_wherever_a_configuration_says_it():
+    for args, expected in (
+        ({"max_position_embeddings": 10**6}, 10**6),
+        ({"n_positions": 2048}, 2048),
+        ({"max_seq_len": 4096, "max_position_embeddings": None}, 4096),
+        ({"text_config": {"max_position_embeddings": 131_072}}, 131_072),
+        ({"text_config": types.SimpleNamespace(max_position_embeddings=777)}, 777),
+        ({"vocab_size": 5}, None),
+    ):
+        model = types.SimpleNamespace(args=types.SimpleNamespace(**args))
+        assert calibration_text.longest_sequence(model) == expected
+        assert calibration_text.context_of(model) == min(expected or 0, 32768)
 
 
 def raised(metric, floor=1e-5):

@@ -5,12 +5,13 @@ import html.parser
 import itertools
 import json
 import re
+import warnings
 
 import mlx.core as mx
 import numpy as np
 import pytest
 import tokenizers
-from conftest import VOCABULARY, tiny_model, tiny_tokenizer
+from conftest import VOCABULARY, random_codec, tiny_model, tiny_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 from mlx_lm.generate import maybe_quantize_kv_cache
@@ -18,6 +19,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from vq_kvcache import cli, compare, hooks, make_prompt_cache, measuring
 from vq_kvcache.cache import CacheOptions
+from vq_kvcache.drift import UNLIKE
 from vq_kvcache.report_page import SECTIONS, page
 from vq_kvcache.spectral.codec import Codec, fingerprint
 
@@ -116,16 +118,69 @@ def test_bytes_are_those_of_caches_that_read_the_text_themselves(report, model, 
 
 def test_the_largest_context_is_the_last_that_fits():
     held = {1000: (5_000_000, 6_000_000), 3000: (9_000_000, 10_500_000)}
-    found = measuring.largest_context(100_000_000, 7_000_000, 500_000, held)
-    assert found["per_token"] == 2000
+    found = measuring.largest_context(100_000_000, 7_000_000, 500_000, held, bounded=True)
+    assert (found["per_token"], found["working_per_token"]) == (2000, 0)
     assert found["fixed"] == 9_000_000 - 3000 * 2000
 
     def needed(tokens):
         return 7_000_000 + 500_000 + 3_000_000 + 1_500_000 + 2000 * tokens
 
     assert needed(found["tokens"]) <= 100_000_000 < needed(found["tokens"] + 1)
-    assert measuring.largest_context(1000, 7_000_000, 0, held)["tokens"] == 0
-    assert measuring.largest_context(10_000_000, 0, 0, {1000: (5_000_000, 5_000_000)})["tokens"] == 2000
+    assert measuring.largest_context(1000, 7_000_000, 0, held, bounded=True)["tokens"] == 0
+    for bounded in (True, False):
+        one = {1000: (5_000_000, 5_000_000)}
+        assert measuring.largest_context(10_000_000, 0, 0, one, bounded=bounded)["tokens"] == 2000
+
+
+def test_working_memory_that_grows_with_the_context_takes_room_from_it():
+    held = {1000: (5_000_000, 5_300_000), 3000: (9_000_000, 9_700_000)}  # 100,000 and 200 a token
+    found = measuring.largest_context(100_000_000, 7_000_000, 0, held, bounded=False)
+    assert (found["working_per_token"], found["working"]) == (200, 100_000)
+    assert found["tokens"] == (100_000_000 - 7_000_000 - 3_000_000 - 100_000) // 2200
+
+
+def test_only_drift_is_left_to_the_report_other_warnings_are_told(monkeypatch, model, tokenizer, nats):
+    def warned(*_):
+        warnings.warn(f"{UNLIKE} (so and so)", stacklevel=1)
+        warnings.warn("the kernels do not work here", stacklevel=1)
+        raise ValueError("enough")
+
+    monkeypatch.setattr(measuring, "methods", warned)
+    with pytest.warns(UserWarning, match="kernels") as told, pytest.raises(ValueError, match="enough"):
+        compare.compare("tiny", model, tokenizer, nats, REQUEST)
+    assert [str(w.message) for w in told] == ["the kernels do not work here"]
+
+
+def test_bits_are_those_of_all_numbers_alike():
+    plan = random_codec(layers=1, heads=2, key_dims=64, value_dims=16).plan((4.0, 1.0))
+    keys, values = plan.layers[0].keys, plan.layers[0].values
+    assert (keys.bits_per_value, values.bits_per_value) == (4.0, 1.0)
+    assert measuring.stored_bits(plan) == (4.0 * 64 + 1.0 * 16) / (64 + 16)
+
+
+def test_nothing_is_timed_that_was_not_done_before(monkeypatch, model, nats):
+    done, timed = set(), set()
+    forward, peak = measuring.Method.forward, measuring._peak
+
+    def seen(self, model, ids, caches):
+        done.add((self.name, ids.shape[1] if ids.shape[1] > 1 else "step"))
+        return forward(self, model, ids, caches)
+
+    def watched(run, before):
+        earlier = set(done)
+        result = peak(run, before)
+        timed.update(done - earlier)
+        return result
+
+    compared = measuring.methods(model, nats, [2.0])[0]
+    monkeypatch.setattr(measuring.Method, "forward", seen)
+    monkeypatch.setattr(measuring, "_peak", watched)
+    monkeypatch.setattr(measuring, "held", lambda *_: ())
+    monkeypatch.setattr(compare, "backend", lambda: "one that compiles")
+    compare._bytes_and_speed(model, compared, REQUEST)
+    assert timed == set()
+    assert {name for name, _ in done} == {measuring.FULL, measuring.MLX, "spectral 2"}
+    assert {count for _, count in done} == {compare.READ_TOKENS, measuring.PIECE, "step"}
 
 
 def test_the_report_subtracts_what_was_measured(report):
@@ -136,7 +191,8 @@ def test_the_report_subtracts_what_was_measured(report):
         grown = longest["nbytes"] - row["held"]["256"]["nbytes"]
         assert found["per_token"] == (grown / 512 if grown else longest["nbytes"] / 768)
         left = machine["memory_bytes"] - machine["active_bytes"] - found["codec"] - found["fixed"] - found["working"]
-        assert found["tokens"] == int(left / found["per_token"])
+        assert found["tokens"] == int(left / (found["per_token"] + found["working_per_token"]))
+        assert (found["working_per_token"] > 0) >= (row["kind"] == "mlx")
         assert (found["codec"] > 0) == (row["kind"] == "spectral")
 
 
@@ -152,6 +208,14 @@ def test_bits_and_spectra_are_the_codecs(report, nats):
         assert row["eigenvalues"] == pytest.approx(heads.mean(axis=0), rel=1e-3)
         assert row["effective_dims"] == pytest.approx((heads.sum(1) ** 2 / (heads**2).sum(1)).mean(), rel=1e-4)
     assert report["predicted_kl"] == {"1": nats.predicted_kl(1.0), "2": nats.predicted_kl(2.0)}
+
+
+@given(st.integers(compare.LEAST_TEXT, 9000), st.integers(compare.LEAST_TEXT, 1024))
+def test_texts_are_no_longer_than_asked_and_read_nearly_all(tokens, longest):
+    count, length = compare._sequences(tokens, longest)
+    assert compare.LEAST_TEXT <= length <= longest
+    assert count * length <= tokens
+    assert tokens - count * length < max(count, compare.LEAST_TEXT * (longest < 2 * compare.LEAST_TEXT))
 
 
 WORDS = st.lists(st.sampled_from(["a", "bb", "c\n", "d  e", " "]), max_size=12).map(" ".join)
@@ -225,6 +289,7 @@ def test_the_page_is_whole_and_loads_nothing(report):
         assert f"{row['held']['768']['nbytes']:,}" in text
         assert f"{row['largest']['tokens']:,}" in text
         assert f"{row['top1']:.2%}" in text
+    assert "At one context" not in text
 
 
 def test_every_mark_is_on_the_page_and_nothing_else_is_marked(report):
@@ -234,6 +299,31 @@ def test_every_mark_is_on_the_page_and_nothing_else_is_marked(report):
         m["continuation"]["pieces"] = [["same", "one three"]]
     found = Page(page(report))
     assert "".join(found.marked[2:]) == "[differs:] two[end][missing:] three[end]"  # after the two of the explanation
+
+
+def said_of(report, name):
+    return page(report).split(f"<h3>{name}</h3>")[1].split("</p>")[0]
+
+
+def test_a_text_that_goes_on_is_not_the_same_text(report):
+    assert "10 tokens" not in page(report)
+    report = copy.deepcopy(report)
+    full, *_, ours = report["methods"]
+    for m, tokens in ((full, 10), (ours, 12)):
+        m["continuation"] |= {"tokens": tokens, "same_tokens": 10}
+    assert said_of(report, ours["name"]).endswith("the same for 10 tokens")
+    ours["continuation"]["tokens"] = 10
+    assert said_of(report, ours["name"]).endswith("the same text")
+
+
+def test_a_page_without_differences_or_room_is_still_a_page(report):
+    report = copy.deepcopy(report)
+    for m in report["methods"]:
+        m |= {"kl": 0.0, "kl_999": -1e-9}
+    report["methods"][0]["largest"]["tokens"] = 0
+    found = Page(page(report))
+    assert found.stack == []
+    assert "×" not in "".join(found.shown)
 
 
 HOSTILE = "</script><b onload=alert(1)>\"'&</style></details>"
@@ -306,6 +396,8 @@ def test_the_command_writes_the_page_and_the_figures(model_folder, stored_codec,
         assert f"{m['kl']:.5f}" in line
         assert f"{m['held']['256']['nbytes']:,}" in line
     assert str(target) in shown
+    assert "At one context the window counts as if it grew, so more fit" in shown
+    assert "At one context" in page(figures)
 
 
 @pytest.mark.parametrize(
@@ -316,7 +408,7 @@ def test_the_command_writes_the_page_and_the_figures(model_folder, stored_codec,
         (["--text", "BINARY"], "binary.txt is not UTF-8; expected plain text; convert it first."),
         (["--bits", "1,x"], "--bits is '1,x'; expected numbers separated by commas, as in 1,2.5,4."),
         (["--bits", "9"], "bits_per_value is 9.0; expected a number from 0.25 to 8"),
-        (["--context", "64,512"], "--context has 64; expected 256 to "),
+        (["--context", "64,512"], "--context has 64; expected 256 or more."),
         (["--context", "many"], "--context is 'many'; expected whole numbers separated by commas"),
         (["--tokens", "10"], "--tokens is 10; expected at least 320."),
         (["--max-tokens", "0"], "--max-tokens is 0; expected at least 1."),
@@ -338,6 +430,26 @@ def test_what_cannot_be_compared_is_one_sentence(options, sentence, model_folder
     assert not output.exists()
 
 
+def request_of(model, tokenizer, *options, prompt=None):
+    args = compare._parser().parse_args(["model", *options])
+    return compare._request(args, model, tokenizer, "words", " ".join(f"w{i}" for i in IDS * 3), prompt, [2.0])
+
+
+def test_the_models_own_limit_bounds_what_is_read(tokenizer):
+    short = tiny_model(max_position_embeddings=400)
+    asked = request_of(short, tokenizer, "--max-tokens", "100", "--tokens", "1500")
+    assert (asked.contexts, asked.sequence, len(asked.prompt_ids)) == ([400], 400, 300)
+    long = tiny_model(max_position_embeddings=131_072)
+    assert request_of(long, tokenizer, "--context", "65536").contexts == [65_536]
+    with pytest.raises(ValueError, match=r"--context has 131,073; expected 256 to 131,072, the model's own\."):
+        request_of(long, tokenizer, "--context", "131073")
+    with pytest.raises(ValueError, match=r"prompt has 5 tokens and --max-tokens is 396; expected at most 400 together"):
+        request_of(short, tokenizer, "--max-tokens", "396", prompt="w2 w3 w4 w5 w6")
+    assert len(request_of(short, tokenizer, "--max-tokens", "395", prompt="w2 w3 w4 w5 w6").prompt_ids) == 5
+    with pytest.raises(ValueError, match=r"the model is made for 300 tokens; expected at least 320\."):
+        request_of(tiny_model(max_position_embeddings=300), tokenizer)
+
+
 def test_a_model_that_cannot_be_loaded_is_one_sentence(tmp_path, capsys):
     (tmp_path / "config.json").write_text('{"model_type": "nonesuch"}')
     assert cli.main(["compare", str(tmp_path)]) == 1
@@ -354,8 +466,6 @@ def test_a_model_that_mlx_cannot_quantize_is_compared_without(tokenizer):
 
 
 def odd_layers():
-    from conftest import random_codec
-
     return random_codec(layers=2, key_dims=48).layers
 
 

@@ -7,10 +7,12 @@ import shutil
 import subprocess
 import sys
 
+import mlx.core as mx
 import picture
 import pytest
 
-from vq_kvcache import demo
+from vq_kvcache import demo, hooks
+from vq_kvcache.spectral import intercept
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text("utf-8")
@@ -136,6 +138,20 @@ def test_what_readme_points_at_exists():
     assert set(named) <= sections
     for file in re.findall(r"`((?:tests|benchmarks|examples|vq_kvcache|spectral)/[\w./-]+\.\w+)`", README):
         assert (ROOT / file).exists() or (ROOT / "vq_kvcache" / file).exists(), file
+
+
+def test_the_table_of_what_is_replaced_is_whole():
+    table = README.split("What is replaced, until")[1].split("\n\n")[1]
+    rows = [set(re.findall(r"`([\w.]+)`", row.split("|")[2])) for row in table.splitlines()[2:]]
+    short = [{name.removeprefix("mlx_lm.utils.") for name in row} - {"mlx_lm.models.cache"} for row in rows]
+    model, found = type("Model", (), {})(), []
+    for replace in (hooks._require_dispatch, lambda: hooks.attach(model), hooks.install):
+        replace()
+        found.append({name for _, name in hooks._replaced})
+    assert mx.fast.scaled_dot_product_attention is not intercept.original_attention()
+    assert short[0] == {"mx.fast.scaled_dot_product_attention"}
+    assert short[1] - {"mlx_lm.generate", "make_cache"} == found[1] - found[0]
+    assert short[2] == found[2] - found[1]
 
 
 def test_the_picture_is_of_the_shipped_codec():

@@ -6,6 +6,7 @@ import re
 import shutil
 
 import compare_pages
+import picture
 import pytest
 from playwright.sync_api import Error, sync_playwright
 from test_compare import HOSTILE, poisoned
@@ -121,6 +122,19 @@ def test_tables_scroll_in_their_own_box_and_by_keyboard(visit):
     assert tab.evaluate("document.documentElement.scrollLeft") == 0
 
 
+def test_the_caption_of_a_wide_table_is_read_without_scrolling(visit):
+    tab, _ = visit(REPORTS[0], "phone")
+    ends = "e => [e.querySelector('caption span').getBoundingClientRect().right, e.getBoundingClientRect().right]"
+    boxes = tab.locator(".scroll").all()
+    assert len(boxes) > 8
+    for box in boxes:
+        for _ in range(2):
+            words, edge = box.evaluate(ends)
+            assert words <= edge
+            box.evaluate("e => { e.scrollLeft = 1000 }")
+    assert any(box.evaluate("e => e.scrollLeft") > 100 for box in boxes)
+
+
 def test_smallest_text_of_a_figure_is_legible_on_a_phone(visit):
     tab, _ = visit(REPORTS[0], "phone")
     sizes = tab.evaluate("""[...document.querySelectorAll('svg text')].map(e =>
@@ -128,15 +142,36 @@ def test_smallest_text_of_a_figure_is_legible_on_a_phone(visit):
     assert min(sizes) >= 9
 
 
+CUT = """[...document.querySelectorAll('svg[role=img] text')].filter(e => {
+  const box = e.getBBox(), image = e.ownerSVGElement.viewBox.baseVal, rest = 0.2 * box.height;
+  return box.x < 0 || box.x + box.width > image.width || box.y < -rest || box.y + box.height > image.height + rest;
+}).map(e => e.textContent)"""
+
+
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("file", REPORTS, ids=lambda file: file.stem)
 def test_no_letter_of_a_figure_is_cut_off(file, size, visit):
     tab, _ = visit(file, size)
-    cut = """[...document.querySelectorAll('svg[role=img] text')].filter(e => {
-      const box = e.getBBox(), image = e.ownerSVGElement.viewBox.baseVal, rest = 0.2 * box.height;
-      return box.x < 0 || box.x + box.width > image.width || box.y < -rest || box.y + box.height > image.height + rest;
-    }).map(e => e.textContent)"""
-    assert tab.evaluate(cut) == []
+    assert tab.evaluate(CUT) == []
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_picture_of_the_method_is_readable(scheme, visit):
+    tab, seen = visit(picture.FILE, "phone", scheme)
+    assert seen == [picture.FILE.as_uri()]
+    assert tab.evaluate(CUT) == []
+    width = tab.evaluate("document.documentElement.viewBox.baseVal.width")
+    fills = "[...document.querySelectorAll('{}')].map(e => [getComputedStyle(e).fill, getComputedStyle(e).fontSize])"
+    texts = tab.evaluate(fills.format("text"))
+    ((ground, _),) = tab.evaluate(fills.format(".page"))
+    assert luminance(ground) > 0.8 if scheme == "light" else luminance(ground) < 0.05
+    for colour, size in texts:
+        assert contrast(colour, ground) >= 4.5
+        assert float(size.removesuffix("px")) * 360 / width >= 7
+    shades = [contrast(tab.evaluate(fills.format(f".w{bits}"))[0][0], ground) for bits in range(9)]
+    assert shades == sorted(shades)  # more bits stand out more
+    assert shades[1] > 1.5
+    assert shades[4] > 3
 
 
 def test_hostile_text_stays_text(visit, tmp_path):

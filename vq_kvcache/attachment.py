@@ -74,8 +74,8 @@ class Attachment:
     def _codec_in_use(self, model: Any, share: Share | None) -> Codec:
         name = self.fingerprint(model, share)
         with _calibrating:
-            if name in codecs_in_use:
-                return codecs_in_use[name]
+            if (known := codecs_in_use.get(name)) is not None:  # `uninstall` may forget it meanwhile
+                return known
             found = codec_for(model, self.tokenizer) if share is None else find_codec(name)
             if found is None:
                 raise CodecError(

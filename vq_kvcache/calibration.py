@@ -4,11 +4,10 @@ import argparse
 import pathlib
 import sys
 
-from mlx_lm.utils import load
-
-from .inspection import predicted
+from .inspection import loaded, predicted
 from .spectral.calibrate import calibrate_codec
 from .spectral.codec import stored_path
+from .spectral.files import require_writable
 
 
 def main(argv: list[str]) -> int:
@@ -21,8 +20,10 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--output", type=pathlib.Path, help="file to write (default: where the cache looks for it)")
     args = parser.parse_args(argv)
     try:
+        if args.output is not None:
+            require_writable(args.output)  # calibrating takes minutes
         texts = None if args.text is None else [path.read_text("utf-8") for path in args.text]
-        model, tokenizer = load(args.model)[:2]
+        model, tokenizer = loaded(args.model)
         codec = calibrate_codec(model, tokenizer, args.samples, args.length, texts=texts)
         path = args.output or stored_path(codec.fingerprint)
         codec.save(path)

@@ -37,7 +37,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     command, *rest = arguments
     if command in OWN:
         module = importlib.import_module(f".{MODULES.get(command, command)}", __package__)
-        return int(module.main(rest))
+        try:
+            return int(module.main(rest))
+        except KeyboardInterrupt:
+            print(f"\nvq_kvcache {command}: interrupted", file=sys.stderr)
+            return 130  # as shells number it
     if command in MLX_LM:
         return _run_mlx_lm(command, rest)
     print(f"vq_kvcache: unknown command {command!r}; expected one of {', '.join([*OWN, *MLX_LM])}.", file=sys.stderr)

@@ -20,18 +20,20 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import mlx.core as mx
-from mlx_lm.utils import load
-from tqdm import tqdm
 
 from . import measuring
+from .drift import UNLIKE
+from .inspection import loaded
+from .kernels import backend
 from .measuring import Method, Row
 from .spectral.calibrate import codec_for, fast_arithmetic
-from .spectral.calibration_text import context_of, encode
+from .spectral.calibration_text import encode, longest_sequence
 from .spectral.codec import Codec, as_pair
-from .spectral.files import write_atomically
+from .spectral.files import require_writable, write_atomically
+from .spectral.progress import bar
 
 CONTEXTS = (512, 1024, 2048)
-SEQUENCE = 1024  # tokens of text that are read as one
+SEQUENCE = 1024
 LEAST_TEXT = measuring.PREFILL + 64
 LEAST_CONTEXT = 256  # from which something is packed
 PROMPT_TOKENS = 320
@@ -52,13 +54,14 @@ class Request:
     contexts: list[int]
     tokens: int
     max_tokens: int
+    sequence: int = SEQUENCE  # tokens of text that are read as one, at most
 
 
 def compare(name: str, model: Any, tokenizer: Any, codec: Codec, request: Request) -> Row:
     """Measure everything; returns the report as plain JSON, which `report_page.page` shows."""
     active = measuring.active_bytes()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # drift is in the report
+        warnings.filterwarnings("ignore", message=UNLIKE)  # drift is in the report
         methods, missing = measuring.methods(model, codec, request.bits)
         held, reading = _bytes_and_speed(model, methods, request)
         with fast_arithmetic(model):
@@ -70,12 +73,15 @@ def compare(name: str, model: Any, tokenizer: Any, codec: Codec, request: Reques
         row |= {
             "held": {str(c): held[method.name, c] for c in request.contexts},
             "read_tokens_per_second": reading[method.name],
-            "largest": measuring.largest_context(memory, active, measuring.codec_bytes(method), sizes),
+            "largest": measuring.largest_context(
+                memory, active, measuring.codec_bytes(method), sizes, bounded=method.kind == "spectral"
+            ),
             "continuation": texts[method.name],
         }
     on_gpu = mx.default_device() == mx.gpu
     return {
-        "kind": "comparison", "model": name, "fingerprint": codec.fingerprint, "context_of_model": context_of(model),
+        "kind": "comparison", "model": name, "fingerprint": codec.fingerprint,
+        "context_of_model": longest_sequence(model) or 0,
         "machine": {
             "system": platform.platform(), "mlx": importlib.metadata.version("mlx"),
             "mlx_lm": importlib.metadata.version("mlx-lm"),
@@ -98,10 +104,11 @@ def _bytes_and_speed(
 ) -> tuple[dict[tuple[str, int], Row], dict[str, float]]:
     total = len(methods) * (READ_TOKENS + len(request.contexts) * measuring.JUDGED)
     ids = [*request.opening, *itertools.islice(itertools.cycle(request.ids), max(request.contexts))]
-    with tqdm(total=total, desc="bytes and speed", unit="token") as progress:
-        measuring.reading_speed(model, methods[0], ids[:64])  # what is compiled or loaded once is not timed
+    with bar(total=total, desc="bytes and speed", unit="token") as progress:
         reading = {}
         for method in methods:
+            if method is methods[0] or backend() != "ops":  # kernels take seconds to compile
+                measuring.warm(model, method, (ids + ids)[: READ_TOKENS + measuring.PIECE + 1])
             reading[method.name] = measuring.reading_speed(model, method, ids[:READ_TOKENS])
             progress.update(READ_TOKENS)
         rows = measuring.held(model, methods, ids, request.contexts, progress.update)
@@ -109,10 +116,9 @@ def _bytes_and_speed(
 
 
 def _quality(model: Any, methods: Sequence[Method], request: Request) -> list[Row]:
-    length = min(SEQUENCE, request.tokens, len(request.ids))
-    count = max(1, min(request.tokens, len(request.ids)) // length)
+    count, length = _sequences(min(request.tokens, len(request.ids)), request.sequence)
     texts = mx.array([[*request.opening, *request.ids[i * length : (i + 1) * length]] for i in range(count)])
-    with tqdm(total=texts.shape[1] * len(methods), desc="next tokens", unit="token") as progress:
+    with bar(total=texts.shape[1] * len(methods), desc="next tokens", unit="token") as progress:
         found, caches = measuring.scores(model, methods, texts, progress.update)
     return [
         {"name": m.name, "kind": m.kind, "bits": m.bits, **measuring.summary(found[m.name]),
@@ -121,10 +127,16 @@ def _quality(model: Any, methods: Sequence[Method], request: Request) -> list[Ro
     ]  # fmt: skip
 
 
+def _sequences(tokens: int, longest: int) -> tuple[int, int]:
+    """(how many texts, tokens of each): at most `longest`, and of equal length, so that next to none are left over."""
+    count = max(1, min(-(-tokens // longest), tokens // LEAST_TEXT))
+    return count, min(tokens // count, longest)
+
+
 def _continuations(model: Any, tokenizer: Any, methods: Sequence[Method], request: Request) -> dict[str, Row]:
     ends = tuple(getattr(tokenizer, "eos_token_ids", ()))
     written = {}
-    with tqdm(total=request.max_tokens * len(methods), desc="continuations", unit="token") as progress:
+    with bar(total=request.max_tokens * len(methods), desc="continuations", unit="token") as progress:
         for method in methods:
             written[method.name] = measuring.continuation(
                 model, method, request.prompt_ids, request.max_tokens, ends, progress.update
@@ -162,9 +174,11 @@ def main(argv: list[str]) -> int:
         bits = _numbers("bits", args.bits, float)
         for b in bits:
             as_pair(b)
+        for path in filter(None, (args.output, args.json)):
+            require_writable(path)  # measuring takes minutes
         source, text = _text(args.text)
         prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
-        model, tokenizer = _load(args.model)
+        model, tokenizer = loaded(args.model)
         request = _request(args, model, tokenizer, source, text, prompt, bits)
         codec = Codec.load(args.codec) if args.codec else codec_for(model, tokenizer)
         name = pathlib.Path(args.model).resolve().name if pathlib.Path(args.model).is_dir() else args.model
@@ -202,7 +216,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _numbers(name: str, given: str, kind: type[float] | type[int]) -> list[Any]:
     try:
-        return sorted({kind(part) for part in given.split(",")})
+        return sorted({round(kind(part), 4) for part in given.split(",")})  # budgets are named by as many digits
     except ValueError:
         raise ValueError(
             f"--{name} is {given!r}; expected {'whole numbers' if kind is int else 'numbers'} separated by commas, as "
@@ -222,15 +236,6 @@ def _text(path: pathlib.Path | None) -> tuple[str, str]:
         raise ValueError(f"--text {path} is not UTF-8; expected plain text; convert it first.") from None
 
 
-def _load(path: str) -> tuple[Any, Any]:
-    try:
-        model, tokenizer = load(path)[:2]
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise ValueError(f"{path} cannot be loaded ({reason[0]}); expected a model that mlx_lm.load takes.") from None
-    return model, tokenizer
-
-
 def _request(
     args: argparse.Namespace, model: Any, tokenizer: Any, source: str, text: str, prompt: str | None, bits: list[float]
 ) -> Request:
@@ -240,20 +245,28 @@ def _request(
     for name, least in (("tokens", LEAST_TEXT), ("max_tokens", 1)):
         if (value := getattr(args, name)) < least:
             raise ValueError(f"--{name.replace('_', '-')} is {value}; expected at least {least}.")
-    most = context_of(model) or 1 << 62
+    opening = _opening(tokenizer)
+    most = longest_sequence(model) or 1 << 62
+    if (left := most - len(opening)) < LEAST_TEXT:
+        raise ValueError(f"the model is made for {most} tokens; expected at least {LEAST_TEXT + len(opening)}.")
     contexts = [c for c in CONTEXTS if c <= most] or [most]
     if args.context is not None:
         contexts = _numbers("context", args.context, int)
     if wrong := [c for c in contexts if not LEAST_CONTEXT <= c <= most]:
-        raise ValueError(f"--context has {wrong[0]:,}; expected {LEAST_CONTEXT} to {most:,}, the model's own.")
-    opening = _opening(tokenizer)
+        end = f"to {most:,}, the model's own" if most < 1 << 62 else "or more"
+        raise ValueError(f"--context has {wrong[0]:,}; expected {LEAST_CONTEXT} {end}.")
     if prompt is None:
-        prompt_ids = opening + ids[:PROMPT_TOKENS]
-        prompt = str(tokenizer.decode(ids[:PROMPT_TOKENS]))
+        beginning = ids[: max(1, min(PROMPT_TOKENS, left - args.max_tokens))]
+        prompt, prompt_ids = str(tokenizer.decode(beginning)), opening + beginning
     else:
         prompt_ids = _prompt_ids(tokenizer, prompt)
+    if len(prompt_ids) + args.max_tokens > most:
+        raise ValueError(
+            f"the prompt has {len(prompt_ids):,} tokens and --max-tokens is {args.max_tokens:,}; expected at most "
+            f"{most:,} together, the model's own limit."
+        )
     return Request(source, opening, ids[: max(args.tokens, *contexts)], prompt, prompt_ids, bits, contexts, args.tokens,
-                   args.max_tokens)  # fmt: skip
+                   args.max_tokens, min(SEQUENCE, left))  # fmt: skip
 
 
 def _opening(tokenizer: Any) -> list[int]:
@@ -296,3 +309,5 @@ def table(report: Row) -> Iterator[str]:
         yield f"mlx-lm's own quantized cache was left out: {report['missing']}"
     memory = report["machine"]["memory_bytes"] / 1e9
     yield f"fits: tokens of one context in {memory:.1f} GB beside the model; tokens/s: decoding at {int(longest):,}."
+    if len(report["contexts"]) == 1:
+        yield "At one context the window counts as if it grew, so more fit; --context 512,1024 tells how many."

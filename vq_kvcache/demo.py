@@ -6,6 +6,7 @@ import importlib.resources
 import importlib.util
 import json
 import pathlib
+import sys
 import time
 import warnings
 from typing import Any
@@ -17,6 +18,7 @@ from mlx_lm.models.cache import KVCache
 from .cache import SpectralKVCache
 from .hooks import generate, load, make_prompt_cache
 from .options import CacheOptions
+from .spectral.files import require_writable
 from .storage import LAG
 
 PROMPT_TOKENS = 2000
@@ -47,13 +49,20 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--plot", type=pathlib.Path, default=pathlib.Path("vq_kvcache_demo.png"), help="PNG to write")
     parser.add_argument("--json", action="store_true", help="print the figures as one JSON document, last line")
     arguments = parser.parse_args(argv)
+    try:
+        spectral = CacheOptions(bits_per_value=arguments.bits)
+        if arguments.tokens < 1:
+            raise ValueError(f"--tokens is {arguments.tokens}; expected at least 1.")
+        require_writable(arguments.plot)
+    except ValueError as error:
+        print(f"vq_kvcache demo: {error}", file=sys.stderr)
+        return 1
 
     model, tokenizer = load(str(model_folder()))[:2]
     text = (importlib.resources.files("vq_kvcache") / "data" / "demo.txt").read_text("utf-8")
     ids = tokenizer.encode(text)[: PROMPT_TOKENS + JUDGED_TOKENS]
     prompt, following = ids[:PROMPT_TOKENS], ids[PROMPT_TOKENS:]
     print(f"Prompt: {len(prompt)} tokens of The Wonderful Wizard of Oz. On a CPU each cache takes half a minute.")
-    spectral = CacheOptions(bits_per_value=arguments.bits)
     runs = {}
     for name, choice in (("full precision", KVCache), (f"spectral, {arguments.bits:g} bits", spectral)):
         runs[name] = _run(model, tokenizer, prompt, following, choice, arguments.tokens)

@@ -21,6 +21,7 @@ from .spectral.bit_allocator import gaussian_costs
 from .spectral.codebook import distortion
 from .spectral.intercept import original_attention
 from .spectral.packing import allocate_words, unpack_reference
+from .spectral.progress import bar
 from .spectral.spectral_quant import SpectralQuantizer
 from .storage import Snapshot
 
@@ -261,7 +262,7 @@ def main(argv: list[str]) -> int:
     codes = wrong_codes(place)
     print(f"codes: {codes or 'right'}")
     cases, wrong = [c for c in table(place) if only in str(c)], 0
-    for case in tqdm(cases, unit="case"):
+    for case in bar(cases, unit="case"):
         try:
             found, stock = compare(case, place)
             told = f"error {found:.2g}, MLX's own {stock:.2g}"

@@ -68,6 +68,7 @@ class DriftSums:
         return Drift(self.tokens, float(overload), float(dropped))
 
 
+UNLIKE = "this text is unlike the codec's calibration text"
 _warned: set[str] = set()
 
 
@@ -80,7 +81,7 @@ def warn_once(sums: DriftSums, plan_name: str) -> None:
         return
     _warned.add(plan_name)
     warnings.warn(
-        f"this text is unlike the codec's calibration text ({drift.overload:.1f} times as many coordinates beyond the "
+        f"{UNLIKE} ({drift.overload:.1f} times as many coordinates beyond the "
         f"outermost level, {drift.dropped:.1f} times the energy in dropped dimensions); calibrate on text like it "
         "(calibrate_codec(texts=...)) or use more bits_per_value.",
         stacklevel=2,

@@ -9,14 +9,14 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from .cache import ARRAYS_ONLY
-from .options import CacheOptions
+from .options import DEFAULT_BITS, CacheOptions
+from .spectral.calibration_text import longest_sequence
 from .spectral.codebook import MAX_BITS
 from .spectral.codec import Codec, Plan
 from .spectral.intercept import members_of, plain_caches, read_by_state
 from .storage import most_bytes
 
 STEPS_PER_BIT = 16
-DEFAULT_BITS = 2.0
 LEAST_BITS = 0.25
 # Where the context is ours to choose, none is bought with fewer bits: README's tables begin here.
 LEAST_BITS_UNASKED = 1.0
@@ -40,7 +40,9 @@ class Fit:
         if self.predicted_kl is not None:
             kl = f"predicted KL {self.predicted_kl:.2g} on text like the calibration's"
         bits = f"{self.bits:.2f}".removesuffix("0")
-        return f"{bits} bits: {self.tokens:,} tokens in {size(self.nbytes)}; {kl}"
+        # Without a limit of the model's there is no longest sequence to speak of.
+        held = f"{self.tokens:,} tokens in" if self.tokens > 1 else "a token takes"
+        return f"{bits} bits: {held} {size(self.nbytes)}; {kl}"
 
 
 def size(nbytes: int) -> str:
@@ -99,15 +101,6 @@ def _unpacked(cache: Any, tokens: int) -> int:
     elif (chunk := getattr(cache, "chunk_size", None)) is not None:
         held = min(held, chunk + step)
     return held * sum(int(x.nbytes) // int(x.shape[2]) for x in (keys, cache.values))
-
-
-def longest_sequence(model: Any) -> int | None:
-    """Tokens of the longest sequence that the model's configuration names, if it names one."""
-    args = getattr(model, "args", None)
-    inner = getattr(args, "text_config", None)
-    places = [getattr(args, "max_position_embeddings", None)]
-    places.append(inner.get("max_position_embeddings") if isinstance(inner, dict) else None)
-    return next((int(n) for n in places if isinstance(n, int) and n > 0), None)
 
 
 _known: weakref.WeakKeyDictionary[Codec, dict[Any, Fit]] = weakref.WeakKeyDictionary()

@@ -1,8 +1,9 @@
 """How a spectral cache gets into mlx-lm: with spectral/intercept.py, the only file that alters mlx-lm or MLX.
 
-Three names of mlx-lm are replaced, always through their modules: `generate_step` and `speculative_generate_step`, which
-take `cache=`, and `utils.load_model`, which attaches what it loads; and for the server `ModelProvider.load`, which
-detaches its draft. `uninstall` puts all of them back.
+Functions of mlx-lm are replaced through their modules. By `attach`: `generate_step` and `speculative_generate_step`,
+which take `cache=`. By `install` besides: `load_model`, which attaches what it loads; the server's
+`ModelProvider.load`, which detaches its draft, and its search for stored prompts; `make_prompt_cache` and
+`load_prompt_cache` wherever they are bound. `uninstall` puts all of them back.
 """
 
 import contextlib
@@ -35,6 +36,7 @@ from .spectral.spectral_quant import SpectralRotation
 CacheChoice = type[KVCache] | CacheOptions | Sequence[Any]
 CLASSES = (SpectralKVCache, BatchSpectralKVCache)  # that prompt-cache files name
 SUPPORTED = "mlx-lm 0.31.3 to 0.32"
+_hooking = threading.RLock()  # held by whoever replaces a function or puts one back, on a model too
 
 
 def own_caches(model: Any, max_kv_size: int | None = None) -> list[Any]:
@@ -124,14 +126,21 @@ def attach(
     plan = None
     if rotations is not None:
         plan = register_plan(plan_for_model(model, rotations, signal_bits, noise_bits, use_water_filling))
-    model._vq_kvcache = Attachment(tokenizer, options, plan)
-    model.make_cache = functools.partial(make_prompt_cache, model)
-    _attached.append(weakref.ref(model))
-    _require_dispatch()
-    _replace_generation()
+    _give(model, Attachment(tokenizer, options, plan))
     return model
 
 
+@intercept.one_at_a_time(_hooking)
+def _give(model: Any, attachment: Attachment) -> None:
+    _require_dispatch()
+    _replace_generation()
+    model._vq_kvcache = attachment
+    model.make_cache = functools.partial(make_prompt_cache, model)
+    _attached[:] = [ref for ref in _attached if (other := ref()) is not None and other is not model]
+    _attached.append(weakref.ref(model))
+
+
+@intercept.one_at_a_time(_hooking)
 def detach(model: Any) -> None:
     """Undo `attach`: the model makes its own caches again."""
     for name in ("_vq_kvcache", "make_cache"):
@@ -250,7 +259,6 @@ def _refuse_kv_bits(kv_bits: int | None, prompt_cache: list[Any] | None) -> None
 _attached: list[weakref.ref[Any]] = []
 _replaced: dict[tuple[str, str], tuple[Any, Any]] = {}  # (module, name or Class.name) -> (original, ours)
 _dispatch_held = False
-_hooking = threading.RLock()
 
 
 class Installation(contextlib.AbstractContextManager["Installation"]):
@@ -290,8 +298,7 @@ def install(cache: CacheOptions | type[SpectralKVCache] = SpectralKVCache) -> In
             call.arguments["lazy"] = True
             return original(*call.args, **call.kwargs)[0]
 
-        attach(model, tokenizer, cache=options)
-        model._vq_kvcache = Attachment(tokenizer, options, None, whole)
+        _give(model, Attachment(tokenizer, options, None, whole))
         return model, config
 
     _replace("mlx_lm.utils", "load_model", load_model)
@@ -336,6 +343,7 @@ def _module(name: str) -> Any:
     return importlib.import_module(name)  # mlx_lm.generate, as an attribute, is the function
 
 
+@intercept.one_at_a_time(_hooking)
 def _require_dispatch() -> None:
     """Handles are attended, and load_prompt_cache, which looks classes up by name, finds ours."""
     global _dispatch_held

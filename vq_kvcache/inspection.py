@@ -50,9 +50,21 @@ def inspect(target: str, asked: CacheOptions | None = None) -> Report:
     return inspect_prompt_cache(path, metadata)
 
 
+def loaded(path_or_hf_repo: str, lazy: bool = False) -> tuple[Any, Any]:
+    """Model and tokenizer, by mlx_lm.load; ValueError, of one line, for what it does not take."""
+    try:
+        model, tokenizer = load(path_or_hf_repo, lazy=lazy)[:2]
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise ValueError(
+            f"{path_or_hf_repo} cannot be loaded ({reason[0]}); expected a model that mlx_lm.load takes."
+        ) from None
+    return model, tokenizer
+
+
 def inspect_model(path_or_hf_repo: str, asked: CacheOptions | None = None) -> Report:
     """Reads no weights but for the fingerprint, one parameter at a time, and calibrates nothing."""
-    model = load(path_or_hf_repo, lazy=True)[0]
+    model, _ = loaded(path_or_hf_repo, lazy=True)
     name = fingerprint_of_files(lambda: load(path_or_hf_repo, lazy=True)[0])
     codec = find_codec(name)
     used = uses(model)
@@ -240,6 +252,8 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     try:
         asked = None
+        if args.kv_context is not None and args.kv_memory is None and args.kv_max_kl is None:
+            raise ValueError("--kv-context was given alone; expected --kv-memory or --kv-max-kl with it.")
         if args.kv_memory is not None or args.kv_max_kl is not None:
             asked = CacheOptions(memory=args.kv_memory, max_kl=args.kv_max_kl, context=args.kv_context)
         report = inspect(args.target, asked)

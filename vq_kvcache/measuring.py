@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 from .cache import SpectralKVCache
 from .hooks import make_prompt_cache, own_caches
 from .options import CacheOptions
-from .spectral.codec import Codec
-from .spectral.intercept import members_of, replace_kv, uses
+from .spectral.codec import Codec, Plan
+from .spectral.intercept import members_of, replace_kv, require_layers, uses
 from .spectral.participation_ratio import compute_participation_ratio
 from .storage import LAG
 
@@ -86,16 +86,21 @@ def methods(model: Any, codec: Codec, bits: Sequence[float]) -> tuple[list[Metho
 
     The model must be in the arithmetic that its codec was made for. ValueError for a budget out of range.
     """
+    require_layers(uses(model))
     found = [Method(FULL, "full", 8.0 * _itemsize(model), own_caches(model))]
     theirs = _mlx_method(model)
     if isinstance(theirs, Method):
         found.append(theirs)
     for b in bits:
         caches = make_prompt_cache(model, cache=CacheOptions(b, codec=codec))
-        pairs = codec.plan(b).layers.values()
-        stored = [q.bits_per_value for pair in pairs for q in (pair.keys, pair.values) if q is not None]
-        found.append(Method(f"spectral {b:g}", "spectral", float(np.mean(stored)), caches))
+        found.append(Method(f"spectral {b:g}", "spectral", stored_bits(codec.plan(b)), caches))
     return found, "" if isinstance(theirs, Method) else theirs
+
+
+def stored_bits(plan: Plan) -> float:
+    """Bits per number of all that is packed, padding included."""
+    packed = [q for pair in plan.layers.values() for q in (pair.keys, pair.values) if q is not None]
+    return 32 * sum(q.words for q in packed) / sum(q.layout.widths.size for q in packed)
 
 
 def _itemsize(model: Any) -> int:
@@ -304,6 +309,16 @@ def _peak(run: Callable[[], Any], before: int) -> tuple[int, float]:
     return int(mx.get_peak_memory()) - before, time.perf_counter() - start
 
 
+def warm(model: Any, method: Method, ids: list[int]) -> None:
+    """Do once what is timed later, so that what is compiled, checked or loaded on first use is in no figure.
+
+    ids: as many as are read in one piece, and PIECE + 1 that follow.
+    """
+    caches = method.make()
+    for start, end in itertools.pairwise((0, len(ids) - PIECE - 1, len(ids) - 1, len(ids))):
+        method.forward(model, mx.array(ids[start:end])[None], caches)
+
+
 def reading_speed(model: Any, method: Method, ids: list[int]) -> float:
     """Tokens a second of reading a prompt in one piece into an empty cache."""
     caches = method.make()
@@ -316,20 +331,29 @@ def codec_bytes(method: Method) -> int:
     return sum(c.stats()["codec_bytes"] for c in caches)
 
 
-def largest_context(memory: int, active: int, codec: int, held: dict[int, tuple[int, int]]) -> dict[str, float | int]:
-    """Tokens that fit: (memory - active - codec - fixed - working) / per_token.
+def largest_context(
+    memory: int, active: int, codec: int, held: dict[int, tuple[int, int]], bounded: bool
+) -> dict[str, float | int]:
+    """Tokens that fit: (memory - active - codec - fixed - working) / (per_token + working_per_token).
 
     held: context -> (nbytes, decode peak).  per_token: growth of nbytes between the shortest and the longest context;
     all of nbytes, where there is one context, or room reserved at the shortest does for the longest.  fixed: nbytes at
-    the longest beyond per_token times it.  working: decode peak at the longest beyond its nbytes.
+    the longest beyond per_token times it.  working, working_per_token: the same of the decode peak beyond nbytes, whose
+    growth is 0 where it is `bounded` (attention on codes works in tiles).
     """
     shortest, longest = min(held), max(held)
-    nbytes, peak = held[longest]
+    nbytes, beyond = held[longest][0], {c: max(peak - size, 0) for c, (size, peak) in held.items()}
     grown = nbytes - held[shortest][0]
     per_token = grown / (longest - shortest) if grown > 0 else nbytes / longest
-    fixed, working = nbytes - per_token * longest, max(peak - nbytes, 0)
-    tokens = (memory - active - codec - fixed - working) / per_token
-    return {"tokens": max(int(tokens), 0), "per_token": per_token, "fixed": fixed, "working": working, "codec": codec}
+    rises = 0.0
+    if not bounded and longest > shortest:
+        rises = max(beyond[longest] - beyond[shortest], 0) / (longest - shortest)
+    fixed, working = nbytes - per_token * longest, beyond[longest] - rises * longest
+    tokens = (memory - active - codec - fixed - working) / (per_token + rises)
+    return {
+        "tokens": max(int(tokens), 0), "per_token": per_token, "fixed": fixed, "working": working,
+        "working_per_token": rises, "codec": codec,
+    }  # fmt: skip
 
 
 # -- what the codec looks like

@@ -7,6 +7,7 @@ from typing import Any
 
 from .spectral.codec import Bits, Codec, as_pair
 
+DEFAULT_BITS = 2.0
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", re.IGNORECASE)
 
 
@@ -31,7 +32,7 @@ class CacheOptions:
     the longest sequence (None: those that the model is made for).
     """
 
-    bits_per_value: Bits = 2.0
+    bits_per_value: Bits = DEFAULT_BITS
     window: int = 128
     sinks: int = 4
     codec: Codec | str | os.PathLike[str] | None = None
@@ -51,6 +52,11 @@ class CacheOptions:
         if not (self.context is None or (type(self.context) is int and self.context > 0)):
             raise ValueError(f"context is {self.context!r}; expected a whole number of tokens, 1 or more.")
         as_pair(self.bits_per_value)
+        if self.bits_per_value != DEFAULT_BITS and not (self.memory is None and self.max_kl is None):
+            raise ValueError(
+                f"bits_per_value={self.bits_per_value!r} was given with memory or max_kl, which choose it; expected "
+                "one of them; leave bits_per_value out."
+            )
         if self.max_kl is not None and not (isinstance(self.max_kl, int | float) and self.max_kl > 0):
             raise ValueError(f"max_kl is {self.max_kl!r}; expected a number of nats above 0.")
         for name in ("window", "sinks"):

@@ -97,7 +97,8 @@ class Scale(NamedTuple):
 def chart(series: Sequence[Series], title: str, x_name: str, y_name: str, log_y: bool = False) -> str:
     """Lines with markers over a linear x, y linear from 0 or logarithmic. Figures stand in a table beside it."""
     shown = [s._replace(points=[p for p in s.points if p[1] > 0 or not log_y]) for s in series]
-    xs, ys = zip(*(p for s in shown for p in s.points), strict=True)
+    points = [p for s in shown for p in s.points] or [(1.0, 1.0)]  # all may be 0, which has no logarithm
+    xs, ys = zip(*points, strict=True)
     low, high = (10 ** math.floor(math.log10(min(ys))), 10 ** math.ceil(math.log10(max(ys)) + 1e-9)) if log_y else (
         0.0, max(ys) * 1.08 or 1.0)  # fmt: skip
     x = Scale(0.0, max(xs) * 1.06, LEFT, WIDTH - RIGHT, False)
@@ -118,7 +119,7 @@ def chart(series: Sequence[Series], title: str, x_name: str, y_name: str, log_y:
         )
         if len(one.points) == 1:  # a lone point carries its name
             (a, b), right = one.points[0], x(one.points[0][0]) > WIDTH * 0.6
-            parts.append(text(x(a) + (-9 if right else 9), y(b) + 3.5, one.name, "end" if right else "start"))
+            parts.append(text(x(a) + (-9 if right else 9), y(b) + 3.5, one.name, "end" if right else "start", "name"))
     return svg("".join(parts), WIDTH, HEIGHT, title)
 
 

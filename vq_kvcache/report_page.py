@@ -78,8 +78,8 @@ def table(caption: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -
         for first, *rest in rows
     )
     return (
-        f'<div class="scroll" tabindex="0" role="region" aria-label="{esc(caption)}"><table><caption>{esc(caption)}'
-        f"</caption><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+        f'<div class="scroll" tabindex="0" role="region" aria-label="{esc(caption)}"><table><caption><span>'
+        f"{esc(caption)}</span></caption><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
     )
 
 
@@ -102,8 +102,13 @@ def number(value: float, digits: int = 3) -> str:
 
 
 def counted(count: int | str, word: str) -> str:
-    """1 bit, 2 bits."""
-    return f"{count} {word}{'' if str(count) == '1' else 's'}"
+    """1 bit, 2 bits, spectral 1 bit."""
+    return f"{count} {word}{'' if str(count).split()[-1] == '1' else 's'}"
+
+
+def ratio(part: float, whole: float, digits: int) -> str:
+    """1.5×; a dash where the whole is nothing."""
+    return f"{part / whole:.{digits}f}×" if whole else "–"
 
 
 def looks(report: Report) -> list[tuple[str, int]]:
@@ -143,18 +148,18 @@ def lead(report: Report) -> str:
     """One sentence and four figures."""
     m, full, at = chosen(report), report["methods"][0], longest(report)
     share = m["held"][at]["nbytes"] / full["held"][at]["nbytes"]
-    times = m["largest"]["tokens"] / max(full["largest"]["tokens"], 1)
+    times = ratio(m["largest"]["tokens"], full["largest"]["tokens"], 1)
     tiles = (
-        ("bytes of full precision", f"{share:.0%}", f"at {int(at):,} tokens, {esc(m['name'])} bits"),
+        ("bytes of full precision", f"{share:.0%}", f"at {int(at):,} tokens, {esc(counted(m['name'], 'bit'))}"),
         ("mean KL", f"{number(m['kl'], 2)}", "nats a token, to full precision"),
         ("same top token", f"{m['top1']:.1%}", f"of {m['positions']:,} positions"),
-        ("context that fits", f"{times:.1f}×", "as long as with full precision"),
+        ("context that fits", times, "as long as with full precision"),
     )
     cells = "".join(f"<div><dt>{a}</dt><dd>{b}<small>{c}</small></dd></div>" for a, b, c in tiles)
     return (
         f'<p class="lead">Full precision, mlx-lm’s own quantized cache and the spectral cache, on '
-        f"{esc(report['text']['source'])}. Everything on this page was measured, on {device(report)}."
-        f'</p><dl class="tiles">{cells}</dl>'
+        f"{esc(report['text']['source'])}. Measured on {device(report)}; what is predicted or "
+        f'worked out from that says so.</p><dl class="tiles">{cells}</dl>'
     )
 
 
@@ -231,7 +236,7 @@ def texts(report: Report) -> str:
         c = m["continuation"]
         if m["kind"] == "full":
             said = f"{c['tokens']} tokens, the reference"
-        elif c["same_tokens"] == report["methods"][0]["continuation"]["tokens"]:
+        elif c["same_tokens"] == report["methods"][0]["continuation"]["tokens"] == c["tokens"]:
             said = "the same text"
         else:
             said = f"the same for {counted(c['same_tokens'], 'token')}"
@@ -322,23 +327,27 @@ def fits(report: Report) -> str:
         for m, (style, _) in zip(report["methods"], looks(report), strict=True)
     ]
     rows = [
-        (m["name"], f"{m['largest']['tokens']:,}", f"{m['largest']['tokens'] / max(full, 1):.2f}×",
+        (m["name"], f"{m['largest']['tokens']:,}", ratio(m["largest"]["tokens"], full, 2),
          f"{m['largest']['per_token']:,.1f}", size(m["largest"]["fixed"]), size(m["largest"]["working"]),
-         size(m["largest"]["codec"]))
+         f"{m['largest']['working_per_token']:,.1f}", size(m["largest"]["codec"]))
         for m in report["methods"]
     ]  # fmt: skip
-    columns = ("cache", "tokens", "of full precision", "bytes per token", "fixed bytes", "working memory", "codec")
+    columns = ("cache", "tokens", "of full precision", "bytes per token", "fixed bytes", "working memory",
+               "working per token", "codec")  # fmt: skip
     own = report["context_of_model"]
     limit = f" The model itself is made for {own:,} tokens; beyond that only the memory would do." if own else ""
     return (
         f"<p>One conversation in {size(machine['memory_bytes'])} ({esc(machine['memory'])}), of which "
         f"{size(machine['active_bytes'])} are the model’s.{limit}</p>"
         + figure(figures.bars(bars, "Largest context with each cache."), "Tokens that fit, nothing else running.")
-        + "<p><code>tokens = (memory − active − codec − fixed − working) / bytes per token</code></p>"
+        + "<p><code>tokens = (memory − active − codec − fixed − working) / (bytes per token + working per token)"
+        + "</code></p>"
         + table("What the formula was given", columns, rows)
         + '<p class="dim">Active: what MLX held with the model loaded and no cache. Bytes per token: growth of the '
         "cache’s measured bytes between the shortest and the longest context. Fixed: what it holds beyond that, such "
-        "as the exact window. Working memory: measured peak of decoding at the longest context beyond the cache.</p>"
+        "as the exact window. Working memory: measured peak of decoding beyond the cache; what of it grows with the "
+        "context is counted per token. Attention on codes works in tiles, whose size is bounded."
+        f"{' At one context the window counts as if it grew, so more fit.' if len(report['contexts']) == 1 else ''}</p>"
     )
 
 

@@ -10,7 +10,6 @@ from typing import Any, Literal
 import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from . import codec as codecs
 from .calibration_text import Placed, calibration_sequences, context_of, place
@@ -21,6 +20,7 @@ from .intercept import plain_caches, require_layers, uses
 from .memory_budget import default_budget, fit
 from .moments import Moments
 from .partial import Partial
+from .progress import bar
 from .rotation_files import RotationFileError, load_cached_rotations, save_rotations
 from .shrinkage import Shrinkage, choose, shrunk
 from .spectral_quant import SpectralRotation
@@ -114,6 +114,7 @@ def calibrate_codec(
     """
     if objective not in ("fisher", "variance"):
         raise ValueError(f'objective is {objective!r}; expected "fisher" or "variance".')
+    require_layers(uses(model))
     name = codecs.fingerprint(model)
     made: tuple[Layers, dict[str, Any]] | None = None
     with fast_arithmetic(model):
@@ -123,7 +124,8 @@ def calibrate_codec(
                 made = _fisher(model, text, sequence_length, Setting(window, sinks, seed), name, memory_budget)
             except (ValueError, RuntimeError) as error:
                 if any(
-                    known in str(error) for known in ("activations hold", "memory_budget", "calibration texts hold")
+                    known in str(error)
+                    for known in ("activations hold", "memory_budget", "calibration texts hold", "samples of")
                 ):
                     raise
                 warnings.warn(f"no gradients through this model ({error}): calibrating by variance.", stacklevel=2)
@@ -150,7 +152,7 @@ def _fisher(
     sequences = place(text(sequence_length=room.sequence_length), context_of(model))
     partial = Partial(name, sequences, setting)
     statistics, done = partial.load()
-    with tqdm(total=len(sequences), initial=done, desc="calibrating", unit="sequence") as progress:
+    with bar(total=len(sequences), initial=done, desc="calibrating", unit="sequence") as progress:
 
         def report(count: int) -> None:
             progress.update()
@@ -176,7 +178,7 @@ def _measured(packed: dict[tuple[int, int], LayerFisher], strength: Shrinkage, s
         covariance = shrunk(seen.vectors.covariance, strength.covariance, sequences)
         return fisher_transforms(seen.vectors, metric, seen.kept, covariance)
 
-    progress = tqdm(each(measured, list(packed.values()), at_once), total=len(packed), desc="measuring", unit="part")
+    progress = bar(each(measured, list(packed.values()), at_once), total=len(packed), desc="measuring", unit="part")
     found = dict(zip(packed, progress, strict=True))
     return {i: (found[i, 0], found.get((i, 1))) for i, part in packed if part == 0}
 

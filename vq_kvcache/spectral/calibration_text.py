@@ -21,6 +21,7 @@ CODE_MODULES = ("argparse", "json.decoder", "textwrap", "statistics", "heapq", "
 # The share of sequences that the model writes itself; each of its tokens costs a whole decode step.
 SELF_WRITTEN_SHARE = 1 / 8
 PIECE_CHARACTERS = 2000
+LIMITS = "max_position_embeddings", "n_positions", "max_seq_len"  # of a configuration
 LONGEST_CONTEXT = 32768
 
 
@@ -44,12 +45,20 @@ def place(sequences: Sequence[mx.array], context: int) -> list[Placed]:
     ]
 
 
-def context_of(model: Any) -> int:
-    """The model's context in tokens, by its configuration, at most LONGEST_CONTEXT; 0 when it does not say."""
+def longest_sequence(model: Any) -> int | None:
+    """Tokens of the longest sequence that the model's configuration names, if it names one."""
     args = getattr(model, "args", None)
-    names = ("max_position_embeddings", "n_positions", "max_seq_len")
-    stated = [v for name in names if isinstance(v := getattr(args, name, None), int)]
-    return min([*stated, LONGEST_CONTEXT]) if stated else 0
+    for home in (args, getattr(args, "text_config", None)):
+        stated = [home.get(n) if isinstance(home, dict) else getattr(home, n, None) for n in LIMITS]
+        if whole := [n for n in stated if isinstance(n, int) and n > 0]:
+            return min(whole)
+    return None
+
+
+def context_of(model: Any) -> int:
+    """The tokens over which calibration spreads positions: the model's longest sequence, at most LONGEST_CONTEXT; 0
+    when its configuration does not say."""
+    return min(longest_sequence(model) or 0, LONGEST_CONTEXT)
 
 
 def built_in_texts() -> list[str]:

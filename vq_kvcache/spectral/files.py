@@ -10,6 +10,7 @@ import pathlib
 import secrets
 import stat
 import sys
+import tempfile
 import time
 from typing import Any, NoReturn
 
@@ -42,6 +43,20 @@ def write_atomically(path: pathlib.Path, data: bytes) -> None:
         with contextlib.suppress(OSError):
             os.unlink(temporary)
         raise
+
+
+def require_writable(path: pathlib.Path) -> None:
+    """ValueError unless a file of this name can be written; for asking before the work whose result it is to hold."""
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(0, "Is a directory")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"{path} cannot be written ({error.strerror}); expected a file in a folder that can."
+        ) from None
 
 
 def _sweep(path: pathlib.Path) -> None:

@@ -12,13 +12,13 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from .calibration_text import Placed
 from .codec import Transforms
 from .far_attention import far_attention_reference
 from .intercept import Attention, Use, dispatching, is_list, observers, plain_caches, recorders, uses
 from .moments import Moments, SecondMoments
+from .progress import bar
 from .transforms import KEPT_VECTORS, coarsened, transforms_of
 
 OUTPUT_PROJECTIONS = ("o_proj", "out_proj", "dense", "c_proj", "wo", "o")
@@ -40,7 +40,7 @@ def variance_layers(model: Any, sequences: Sequence[Placed]) -> Layers:
     layers: Layers = {}
     caches, used = plain_caches(model), uses(model)
     by_layer = len(caches) == len(model.layers) and not any(map(is_list, caches))  # the i-th cache is the i-th layer's
-    for i, layer in tqdm(seen.items(), desc="measuring", unit="layer"):
+    for i, layer in bar(seen.items(), desc="measuring", unit="layer"):
         # Queries that are not those of a plain attention say nothing about these keys.
         queries = layer.queries.value if layer.queries.count else np.stack([np.eye(used[i].key_dims)] * used[i].heads)
         keys = transforms_of(layer.keys, queries, layer.kept_keys)
@@ -80,7 +80,7 @@ def in_nats(model: Any, sequences: Sequence[Placed], layers: Layers, window: int
     used = uses(model)
     expected = [_log_probabilities(model, used, s, None, window, sinks) for s in chosen]
     scaled: Layers = {}
-    for i, pair in tqdm(layers.items(), desc="sensitivities", unit="layer"):
+    for i, pair in bar(layers.items(), desc="sensitivities", unit="layer"):
         parts: list[Transforms | None] = []
         for part, transforms in enumerate(pair):
             if transforms is None:
@@ -135,7 +135,7 @@ def run_observed(model: Any, sequences: Sequence[Placed], see: Callable[..., Non
     """One forward pass over each sequence, showing `see` what every full-attention layer attends to."""
     used = uses(model)
     with dispatching():
-        for ids, offset in tqdm(sequences, desc="calibrating", unit="sequence"):
+        for ids, offset in bar(sequences, desc="calibrating", unit="sequence"):
             mx.eval(model(ids[None], cache=observers(model, see, offset, used)))
 
 

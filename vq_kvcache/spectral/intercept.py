@@ -296,6 +296,6 @@ def require_layers(seen: dict[int, Any]) -> None:
     """ValueError unless some layer was seen."""
     if not seen:
         raise ValueError(
-            "no layer of this model passed keys to mx.fast.scaled_dot_product_attention; expected full-attention "
-            "layers; use a full-precision cache with it."
+            "no layer of this model has a KV cache to pack; expected full-attention layers; use mlx-lm's own cache "
+            "(--kv-cache full) with it."
         )

@@ -1,0 +1,262 @@
+"""What the benchmarks of whole steps and long runs count must be what they say; shapes as small as a CPU likes."""
+
+import json
+import sys
+
+import measure
+import memory
+import mlx.core as mx
+import numpy as np
+import pytest
+import report
+import speed
+import speed_tables
+from calibration import random_model
+from mlx_lm.models.cache import BatchKVCache, KVCache
+
+from vq_kvcache.batch_cache import BatchSpectralKVCache
+from vq_kvcache.cache import SpectralKVCache
+from vq_kvcache.spectral import intercept
+from vq_kvcache.storage import BLOCK, LAG
+
+CONFIG = speed.SMALL | {"num_hidden_layers": 2}
+TOKENS = 4 + 128 + LAG + 2 * BLOCK  # sinks, window, and two packed blocks
+
+
+@pytest.fixture(scope="module")
+def small():
+    return random_model(CONFIG)[0]
+
+
+@pytest.fixture(scope="module")
+def plan():
+    return speed.random_plan(CONFIG, 2.0)
+
+
+@pytest.fixture
+def exact_buffers():
+    before = mx.set_cache_limit(0)
+    yield
+    mx.set_cache_limit(before)
+
+
+def filled(kind, plan, batch=1, tokens=TOKENS):
+    caches = speed.empty(kind, plan, 2, batch)
+    speed.fill(caches, CONFIG, tokens, batch, 100)
+    return caches
+
+
+def test_the_random_codec_keeps_its_budget_and_every_layer_its_own_arrays(plan):
+    numbers = 2 * CONFIG["num_key_value_heads"] * CONFIG["head_dim"]
+    for layer in plan.layers.values():
+        assert 32 * (layer.keys.words + layer.values.words) == 2 * numbers
+    widths = {w for head in plan.layers[0].keys.widths for w in head}
+    assert len(widths) >= 4
+    before = np.array(plan.layers[1].keys.mean)
+    plan.layers[0].keys.mean += 1.0
+    assert (np.array(plan.layers[1].keys.mean) == before).all()
+    plan.layers[0].keys.mean -= 1.0
+
+
+def test_what_caches_are_filled_with_is_like_the_random_codecs_calibration(plan):
+    """Else a warning would end, in the middle of a run, what every seal does otherwise."""
+    drift = filled("spectral 2", plan, tokens=1500)[0].drift
+    assert drift.overload == pytest.approx(1.0, abs=0.15)
+    assert not drift.is_large
+
+
+@pytest.mark.parametrize(
+    ("kind", "coded", "batch", "made"),
+    [
+        ("KVCache", False, 1, KVCache),
+        ("BatchKVCache", False, 2, BatchKVCache),
+        ("KVCache without padding", False, 2, KVCache),
+        ("spectral 2", True, 1, SpectralKVCache),
+        ("spectral 2", True, 2, BatchSpectralKVCache),
+    ],
+)
+def test_a_step_is_a_token_of_every_row(small, plan, kind, coded, batch, made):
+    """The loop runs one step ahead, and needs none of them to be read."""
+    caches = filled(kind, plan if coded else None, batch)
+    assert [type(c) for c in caches] == [made] * 2
+    with intercept.dispatching():
+        seen = [np.array(caches[0].offset).max() for _ in speed.decoding(small, caches, batch, 6)]
+    assert seen == [TOKENS + n for n in range(2, 8)]
+
+
+def test_a_seal_is_felt_where_it_appears_and_in_the_two_intervals_behind():
+    times = np.cumsum([0, 1, 1, 9, 5, 3, 1, 1, 1]) / 1e3
+    packed = [64, 64, 64, 128, 128, 128, 128, 128, 128]
+    told = speed.by_sealing(times.tolist(), packed)
+    assert told["seals"] == 1
+    assert told["plain_median_ms"] == pytest.approx(1.0)
+    assert told["packing_ms"] == pytest.approx((8 + 4 + 2) / 8)
+    assert told["mean_ms"] == pytest.approx(22 / 8)
+
+
+def test_decode_steps_seal_once_a_block_and_hold_what_they_say(small, plan, exact_buffers):
+    with intercept.dispatching():
+        row = speed.decode_kind(small, CONFIG, "spectral 2", plan, TOKENS, 1, 2 * BLOCK)
+        own = speed.decode_kind(small, CONFIG, "KVCache", None, TOKENS, 1, 2 * BLOCK)
+    assert row["seals"] == 2
+    assert own["seals"] == 0
+    for told in (row, own):
+        assert told["active_bytes"] == pytest.approx(told["nbytes"], rel=0.01)
+        assert 0 < told["plain_median_ms"] <= 2 * told["median_ms"]
+        assert min(told["append_ms"], told["build_ms"]) > 0
+        assert told["peak_above_nbytes"] >= 0
+    assert own["nbytes"] == 2 * 2 * 2 * 64 * 2 * 512  # layers, parts, heads, dims, bytes, room for 276 + 138 tokens
+    assert row["nbytes"] < own["nbytes"]
+
+
+def test_a_prompt_is_read_in_pieces_and_held_as_nbytes_and_codec(small, plan, exact_buffers):
+    with intercept.dispatching():
+        row = speed.prefill_kind(small, CONFIG, "spectral 2", plan, 300, piece=128)
+        own = speed.prefill_kind(small, CONFIG, "KVCache", None, 300, piece=128)
+    for told in (row, own):
+        assert len(told["ends_s"]) == 3
+        assert told["seconds"] == told["ends_s"][-1] > told["ends_s"][0] > 0
+        assert told["tokens_per_s"] == pytest.approx(300 / told["seconds"])
+        assert told["active_above_weights"] == pytest.approx(told["nbytes"] + told["codec_bytes"], rel=0.01)
+        assert told["peak_above_weights"] > told["active_above_weights"]
+    assert own["codec_bytes"] == 0 < row["codec_bytes"]
+
+
+def test_finished_cells_are_kept_and_failed_ones_run_again(tmp_path):
+    def run(kind, _):
+        calls.append(kind)
+        if kind == "b" and len(calls) == 2:
+            raise RuntimeError("no such kernel\nsecond line")
+        return {"median_ms": 1.0}
+
+    file, calls = tmp_path / "speed.json", []
+    measure.Results(file, {"layers": 2}).cell("x", {"a": None, "b": None, "c": None}, run)
+    kept = json.loads(file.read_text())
+    assert kept["cells"] == {"x": {"a": {"median_ms": 1.0}, "error": "b: no such kernel", "c": {"median_ms": 1.0}}}
+    measure.Results(file, {"layers": 2}).cell("x", {"b": None}, run)
+    measure.Results(file, {"layers": 2}).cell("x", {"b": None}, run)
+    assert calls == ["a", "b", "c", "b"]
+    assert measure.Results(file, {"layers": 3}).cells == {}
+
+
+def test_the_command_measures_all_once(tmp_path, monkeypatch, capsys):
+    file = tmp_path / "speed.json"
+    options = "--small --layers 1 --steps 64 --decode 300x1,300x2 --four-bit 300x1 --prefill 300"
+    monkeypatch.setattr(sys, "argv", ["speed.py", *options.split(), "--out", str(file)])
+    speed.main()
+    first = file.read_bytes()
+    cells = json.loads(first)["cells"]
+    assert list(cells) == ["decode bf16 300x1", "decode bf16 300x2", "prefill bf16 300", "decode 4-bit 300x1"]
+    assert [list(c) for c in cells.values()] == [
+        ["KVCache", "spectral 2"], ["BatchKVCache", "KVCache without padding", "spectral 2"],
+        ["KVCache", "spectral 2"], ["KVCache", "spectral 2"],
+    ]  # fmt: skip
+    capsys.readouterr()
+    speed.main()
+    assert capsys.readouterr().out.count("measured before") == 4
+    assert file.read_bytes() == first
+
+
+@pytest.mark.parametrize("place", ["ops", "cuda"])
+def test_the_large_shape_is_not_timed_in_plain_operations(monkeypatch, place):
+    monkeypatch.setattr(speed.kernels, "backend", lambda: place)
+    monkeypatch.setattr(speed, "trusted", lambda *_: False)
+    with pytest.raises(SystemExit, match=rf"no kernels that are right on .*, {place}; expected"):
+        speed.warm_kernels(speed.LLAMA_8B)
+    assert not speed.warm_kernels(CONFIG)["right"]
+
+
+def test_a_long_run_tells_what_is_held_beside_nbytes(model, codec, exact_buffers):
+    caches = [SpectralKVCache(codec.plan(2.0), i, window=32) for i in range(2)]
+    rows = memory.long_run(model, caches, 4 * BLOCK, BLOCK)
+    assert [r["tokens"] for r in rows] == [BLOCK * n + 1 for n in range(1, 5)]
+    assert rows[-1]["nbytes"] == sum(c.nbytes for c in caches)
+    above = [r["active_above_nbytes"] for r in rows]
+    assert max(above) - min(above) <= 16384
+    assert all(0 < r["median_ms"] <= 3 * r["mean_ms"] for r in rows)
+
+
+def test_long_runs_of_every_cache_are_saved_after_a_short_one(tmp_path, monkeypatch, model):
+    def seen(*arguments):
+        calls.append(arguments[2:])
+        return run(*arguments)
+
+    file, run, calls = tmp_path / "long-run.json", memory.long_run, []
+    monkeypatch.setattr(memory, "long_run", seen)
+    memory.measure_long_runs(model, {"full precision": KVCache, "again": KVCache}, 4, 2, file)
+    saved = json.loads(file.read_text())
+    assert (saved["steps"], saved["block"]) == (4, 2)
+    assert {name: len(cell["blocks"]) for name, cell in saved["cells"].items()} == {"full precision": 2, "again": 2}
+    assert calls == [(4, memory.WARM_STEPS), (4, 2)] * 2
+
+
+def step(median, **more):
+    return {
+        "median_ms": median, "mean_ms": median, "build_ms": 1.0, "nbytes": 2e9, "append_ms": 0.5,
+        "packing_ms": 0.25, "steady_peak_above_nbytes": 1e8, **more,
+    }  # fmt: skip
+
+
+def measured(**cells):
+    cells = {name.replace("_", " "): cell for name, cell in cells.items()}
+    return {"machine": {"device": "D"}, "shape": "S", "layers": 2, "steps": 256, "cells": cells}
+
+
+def test_steps_are_held_against_the_fastest_of_mlx_lms_caches():
+    own = {"BatchKVCache": step(12.0), "KVCache without padding": step(9.0)}
+    table = speed_tables.speed(measured(decode_bf16_512x8=own | {"spectral 2": step(4.5)}))
+    row = next(line for line in table.split("\n") if "| spectral 2 |" in line)
+    assert row == "| 512, 8, bf16 | spectral 2 | 2.00 GB | 4.50 ms | 2.00 | 0.25 ms (5.6%) | 0.50 ms | 0.10 GB |"
+    assert "| 512, 8, bf16 | BatchKVCache | 2.00 GB | 12.00 ms |  |  | 0.50 ms | 0.10 GB |" in table
+    assert "Python builds a step's graph faster than any of these runs." in table
+
+
+def test_steps_that_python_bounds_and_cells_that_failed_are_named():
+    cell = {"KVCache": step(1.2), "error": "spectral 2: no memory"}
+    table = speed_tables.speed(measured(decode_bf16_512x1=cell, prefill_bf16_64={"error": "x"}))
+    assert "bf16 512x1 KVCache (1.0 ms)" in table
+    assert "Not run: decode bf16 512x1: spectral 2: no memory; prefill bf16 64: x." in table
+
+
+def test_prompts_tell_speed_peak_and_what_is_held():
+    row = {"tokens_per_s": 5000.4, "peak_above_weights": 3e9, "active_above_weights": 1e9}
+    cell = {"spectral 2": row | {"nbytes": 8e8, "codec_bytes": 1e8}}
+    table = speed_tables.speed(measured(prefill_bf16_32768=cell))
+    assert table.endswith("| 32,768 | spectral 2 | 5,000 | 3.00 GB | 1.00 GB | 0.90 GB |")
+
+
+def long_run(*figures):
+    """A result whose blocks have these nbytes, bytes above them, and medians."""
+    rows = [{"nbytes": n, "active_above_nbytes": a, "median_ms": m} for n, a, m in figures]
+    cells = {"spectral 2.0": {"blocks": rows}, "full precision": {"error": "e"}}
+    return {"machine": {"device": "D"}, "steps": 3000, "block": 1000, "cells": cells}
+
+
+def test_long_runs_tell_the_first_block_and_the_last():
+    table = speed_tables.long_run(long_run((10, 5, 1.0), (20, 9, 1.5), (30, 6, 1.25)))
+    assert table.endswith("| spectral 2.0 | 10; 30 | 5; 6 | 5; 9 | 1.00 ms; 1.25 ms |")
+
+
+@pytest.mark.parametrize(
+    ("name", "made"),
+    [("speed", measured(decode_bf16_512x1={"KVCache": step(2.0)})), ("long-run", long_run((10, 5, 1.0)))],
+)
+def test_readme_is_checked_before_and_after_a_result_comes(tmp_path, monkeypatch, name, made):
+    def run(*options):
+        monkeypatch.setattr(sys, "argv", ["report.py", *options])
+        report.main()
+
+    for file in report.RESULTS.glob("*.json"):
+        if file.stem != name:
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "README.md").write_bytes(report.README.read_bytes())
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    monkeypatch.setattr(report, "README", tmp_path / "README.md")
+    for there in (False, True):
+        if there:
+            (tmp_path / f"{name}.json").write_text(json.dumps(made))
+            with pytest.raises(SystemExit, match=r"README.md differs"):
+                run("--check")
+        run()
+        run("--check")
+        assert ("not measured yet" in report.tables()[name]) is not there
