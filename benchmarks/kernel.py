@@ -19,7 +19,7 @@ import mlx.core as mx
 from tqdm import tqdm
 
 from vq_kvcache import doctor, kernels
-from vq_kvcache.kernels import launches
+from vq_kvcache.kernels import steps
 from vq_kvcache.rows import rows_of
 from vq_kvcache.storage import Snapshot
 
@@ -87,7 +87,9 @@ def main() -> None:
         full = full_precision(tokens, batch, queries)
         for b in bits:
             held = snapshot(tokens, batch, b)
-            launch, _ = launches.attend(held, queries, scale, None, None, place)
+            plan, operands = steps.step(held, queries, scale, None, None, place)
+            launch = steps.parts_launch(plan, operands)
+            mx.eval(list(launch.inputs))
             whole = microseconds([lambda h=held, q=queries: doctor.attend_codes(h, q, scale, None, None, place)])
             attend = microseconds([lambda x=launch: kernels.run(x, place)])
             share = held.packed[0][0].nbytes / (attend * 1e-6) / rate

@@ -45,8 +45,7 @@ ALONE_COST = 6
 
 
 class HeadColumns(NamedTuple):
-    """Of one head: its words, and their rings and codes alone, as columns.h tells; and the coordinate of each column, -1
-    where there is none."""
+    """Of one head: its words, their rings and codes alone, as columns.h tells, and the coordinate of each column or -1."""
 
     words: tuple[int, ...]
     runs: tuple[int, ...]
@@ -127,9 +126,7 @@ def column_table(keys: SpectralQuantizer, values: SpectralQuantizer, most: int) 
     heads = layouts[0].heads
     made = [[head_columns(layout, h) for h in range(heads)] for layout in layouts]
     if any(
-        len(c.order) > most or len(c.runs) > MOST_RUNS or len(c.words) > 2 * MOST_WORDS
-        for part in made
-        for c in part
+        len(c.order) > most or len(c.runs) > MOST_RUNS or len(c.words) > 2 * MOST_WORDS for part in made for c in part
     ):
         return None
     start = HEADER_INTS + 2 * heads * ENTRY_INTS

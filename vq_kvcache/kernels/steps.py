@@ -5,7 +5,7 @@ once by MLX (`attend`): what Python does for a layer is then little beside the k
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import mlx.core as mx
@@ -70,6 +70,7 @@ class Plan(NamedTuple):
 class Operands(NamedTuple):
     """The arrays of one attention."""
 
+    words: list[mx.array]
     queries: mx.array
     exact_keys: mx.array
     exact_values: mx.array
@@ -84,7 +85,6 @@ class Operands(NamedTuple):
     value_basis: mx.array
     value_mean: mx.array
     logits: mx.array
-    words: Sequence[mx.array]
 
 
 @functools.lru_cache(maxsize=1024)
@@ -141,8 +141,8 @@ def step(
     plan, params, held = _numbers(shape, snapshot.layout, capacity, chunks, (kind, *strides), sinks is not None)
     logits = launches.nothing(mx.float32) if sinks is None else sinks.astype(mx.float32)
     return plan, Operands(
-        queries, snapshot.exact_keys, snapshot.exact_values, held, params, launches.scale(scale), hidden, added, table,
-        keys.synthesis, keys.mean, values.synthesis, values.mean, logits, words + [words[0]] * (8 - len(words)),
+        words + [words[0]] * (8 - len(words)), queries, snapshot.exact_keys, snapshot.exact_values, held, params, launches.scale(scale), hidden, added, table,
+        keys.synthesis, keys.mean, values.synthesis, values.mean, logits,
     )  # fmt: skip
 
 
@@ -199,9 +199,8 @@ def attend_by(run: Run, plan: Plan, o: Operands) -> mx.array:
 
 @functools.lru_cache(maxsize=256)
 def _traced(plan: Plan) -> Callable[..., mx.array]:
-    def all_launches(*arrays: mx.array) -> mx.array:
-        first = len(Operands._fields) - 1
-        return attend_by(run, plan, Operands(*arrays[:first], arrays[first:]))
+    def all_launches(words: list[mx.array], *arrays: mx.array) -> mx.array:
+        return attend_by(run, plan, Operands(words, *arrays))
 
     traced: Callable[..., mx.array] = mx.compile(all_launches)
     return traced
@@ -209,4 +208,4 @@ def _traced(plan: Plan) -> Callable[..., mx.array]:
 
 def attend(plan: Plan, o: Operands) -> mx.array:
     """The same, traced once for each plan: MLX would otherwise put the kernels' text together at every launch."""
-    return _traced(plan)(*o[:-1], *o.words)
+    return _traced(plan)(*o)
