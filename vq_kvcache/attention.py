@@ -25,7 +25,8 @@ Run = Callable[[kernels.Launch, str], list[mx.array]]
 TILE_BYTES = 4 << 20
 GPU_TILE_BYTES = 128 << 20  # there, launches cost more
 COPIES = 12  # of a tile's levels that unpacking holds at once: MLX keeps up to ten operations in flight
-DECODED_BYTES = 512 << 20  # of one layer's keys and values, for the time of a prompt chunk's attention
+DECODED_BYTES = 512 << 20  # of one head's keys and values, for the time of a prompt chunk's attention
+PIECE_BYTES = 64 << 20  # of as many heads as are decoded at a time: MLX has many such pieces in flight
 LOWEST = -1e30  # stands for minus infinity: finite, so that rows without any visible key stay free of NaN
 
 
@@ -69,11 +70,11 @@ def attend_codes(
     mask: Mask,
     sinks: mx.array | None,
     place: str,
-    run: Run = kernels.run,
+    run: Run | None = None,
 ) -> mx.array:
-    """`attend` by the kernels, for at most launches.MOST_QUERIES tokens; `run` launches one at `place`."""
+    """`attend` by the kernels, for at most launches.MOST_QUERIES tokens; `run` launches one at `place`, without tracing."""
     plan, operands = steps.step(snapshot, queries, scale, mask, sinks, place)
-    return steps.attend(plan, operands) if run is kernels.run else steps.attend_by(run, plan, operands)
+    return steps.attend(plan, operands) if run is None else steps.attend_by(run, plan, operands)
 
 
 def _decoded_bytes(snapshot: Snapshot, heads: int) -> int:
@@ -85,9 +86,9 @@ def _decoded_bytes(snapshot: Snapshot, heads: int) -> int:
 def _attend_decoded(
     snapshot: Snapshot, queries: mx.array, scale: float, mask: Mask, sinks: mx.array | None, place: str
 ) -> mx.array:
-    """For prompts: MLX's own attention over a decoding of as many heads at a time as DECODED_BYTES hold."""
+    """For prompts: MLX's own attention over a decoding of as many heads at a time as PIECE_BYTES hold."""
     heads, query_heads = snapshot.exact_keys.shape[1], queries.shape[1]
-    most, group = max(DECODED_BYTES // _decoded_bytes(snapshot, 1), 1), query_heads // heads
+    most, group = max(PIECE_BYTES // _decoded_bytes(snapshot, 1), 1), query_heads // heads
     layout, order = snapshot.layout, None
     if not layout.alike:
         order, mask = layout.order((0,) * len(queries), layout.length), _within_rows(layout, mask, queries.shape[2])

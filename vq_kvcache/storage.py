@@ -13,7 +13,7 @@ import mlx.core as mx
 from .chunks import MAX_CHUNKS, Chunk, Chunks, fill_pages, words_between, written
 from .drift import DriftSums
 from .kernels import backend
-from .kernels.launches import decode_heads, decodes
+from .kernels.launches import decode_both, decodes
 from .rows import Rows, rows_of
 from .spectral.spectral_quant import Quantizer, RawQuantizer
 from .trust import encode_words, trusted_codes
@@ -116,8 +116,7 @@ class Snapshot:
         readable = not self.keys_twice and decodes(self.key_quantizer, self.value_quantizer)
         if place != "ops" and readable and trusted_codes(place):
             # A handful of operations, where plain ones take a millisecond of Python for every few layers.
-            keys, values = (decode_heads(self, part, 0, self.exact_keys.shape[1], place) for part in (0, 1))
-            return keys, values
+            return decode_both(self, place)
         words = self.words(0, self.packed_tokens)
         return (
             self.key_quantizer.decode_words(words[0], self.exact_keys.dtype),

@@ -45,7 +45,7 @@ ALONE_COST = 6
 
 
 class HeadColumns(NamedTuple):
-    """Of one head: its words, their rings and codes alone, as columns.h tells, and the coordinate of each column or -1."""
+    """Of one head: its words, their rings and codes alone, as columns.h tells; each column's coordinate, or -1."""
 
     words: tuple[int, ...]
     runs: tuple[int, ...]

@@ -80,12 +80,12 @@ VQ_FN uint vq_codes(VQ_IN(float) z, int step, int slots, VQ_IN(float) levels) {
   return word;
 }
 
-// z [B, H, T, stored] -> words [B, W, T]; `index` counts words first, then tokens.
+// z [B, H, T, stored] -> words [B, W, T]; `index` counts tokens first, so that the lanes of a warp do the same.
 VQ_FN void vq_encode(VQ_IN(float) z, VQ_IN(int) table, VQ_IN(float) levels, VQ_IN(int) params, VQ_OUT(uint) words,
                      int index, int batch) {
   const int count = params[VQ_ENCODE_WORDS], tokens = params[VQ_ENCODE_TOKENS], stored = params[VQ_ENCODE_STORED];
-  const int word = index % count, token = index / count;
-  if (token >= tokens) return;
+  const int word = index / tokens, token = index % tokens;
+  if (word >= count) return;
   VQ_IN(int) row = table + word * params[VQ_ENCODE_ROW];
   VQ_IN(float) at = z + (((size_t)batch * params[VQ_ENCODE_HEADS] + row[VQ_WORD_HEAD]) * tokens + token) * stored;
   uint result = 0;

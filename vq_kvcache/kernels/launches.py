@@ -247,11 +247,31 @@ def decode_heads(snapshot: "Snapshot", part: int, first_head: int, heads: int, p
     quantizer = spectral(snapshot)[part]
     dtype = (snapshot.exact_keys, snapshot.exact_values)[part].dtype
     chosen = slice(first_head, first_head + heads)
-    synthesis, mean = quantizer.synthesis[chosen], quantizer.mean[chosen]
     wide = dtype == mx.float32
     levels_of = run(decode(snapshot, part, first_head, heads, mx.float32 if wide else mx.float16), place)[0]
     z = levels_of[..., : snapshot.packed_tokens].swapaxes(-1, -2)
-    if wide:
+    return _synthesized(z, quantizer.synthesis[chosen], quantizer.mean[chosen], dtype)
+
+
+def decode_both(snapshot: "Snapshot", place: str) -> tuple[mx.array, mx.array]:
+    """All packed keys and values. As few operations as can be: a handle is made of them in every layer and step, and
+    hardly ever read."""
+    keys, values = spectral(snapshot)
+    heads, dtypes = keys.layout.heads, {snapshot.exact_keys.dtype, snapshot.exact_values.dtype}
+    if keys.synthesis.shape != values.synthesis.shape or len(dtypes) > 1:
+        return decode_heads(snapshot, 0, 0, heads, place), decode_heads(snapshot, 1, 0, heads, place)
+    dtype = snapshot.exact_keys.dtype
+    # The table has the values' heads after the keys'.
+    levels_of = run(decode(snapshot, 0, 0, 2 * heads, mx.float32 if dtype == mx.float32 else mx.float16), place)[0]
+    z = levels_of[..., : snapshot.packed_tokens].swapaxes(-1, -2)
+    basis, mean = (mx.concatenate(p) for p in ((keys.synthesis, values.synthesis), (keys.mean, values.mean)))
+    both = _synthesized(z, basis, mean, dtype)
+    return both[:, :heads], both[:, heads:]
+
+
+def _synthesized(z: mx.array, synthesis: mx.array, mean: mx.array, dtype: mx.Dtype) -> mx.array:
+    """Vectors [B, H, P, D] of the levels z [B, H, P, N]."""
+    if dtype == mx.float32:
         return z @ synthesis + mean
     # Half precision holds levels better than bfloat16 does; a factor keeps the basis within its range.
     factor = mx.maximum(mx.abs(synthesis).max(axis=(1, 2), keepdims=True), 1e-30)

@@ -141,8 +141,8 @@ def step(
     plan, params, held = _numbers(shape, snapshot.layout, capacity, chunks, (kind, *strides), sinks is not None)
     logits = launches.nothing(mx.float32) if sinks is None else sinks.astype(mx.float32)
     return plan, Operands(
-        words + [words[0]] * (8 - len(words)), queries, snapshot.exact_keys, snapshot.exact_values, held, params, launches.scale(scale), hidden, added, table,
-        keys.synthesis, keys.mean, values.synthesis, values.mean, logits,
+        words + [words[0]] * (8 - len(words)), queries, snapshot.exact_keys, snapshot.exact_values, held, params,
+        launches.scale(scale), hidden, added, table, keys.synthesis, keys.mean, values.synthesis, values.mean, logits,
     )  # fmt: skip
 
 
