@@ -157,7 +157,7 @@ def test_prompts_are_attended_over_a_decoding_of_some_heads_at_a_time(monkeypatc
         return quantizer.decode_words(held.words(0, held.packed_tokens)[part])[:, first : first + heads]
 
     monkeypatch.setattr(attention.launches, "decode_heads", decode_heads)
-    monkeypatch.setattr(attention, "PIECE_BYTES", attention._decoded_bytes(snapshot, 1))
+    monkeypatch.setattr(attention, "DECODED_BYTES", attention._decoded_bytes(snapshot, 1))
     queries = mx.random.normal((len(lengths), HEADS * GROUPS, 20, DIMS), key=mx.random.key(8))
     mask = masks(20, len(lengths))[name]
     mask = mask if mask is None or isinstance(mask, str) else mx.array(mask)

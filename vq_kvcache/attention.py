@@ -4,6 +4,7 @@ The packed part is never turned back: queries go into the basis of the codes, re
 merge: online softmax (Milakov & Gimelshein, arXiv 1805.02867), as in FlashAttention.
 """
 
+import contextlib
 import itertools
 from collections.abc import Callable
 from typing import Literal
@@ -25,8 +26,8 @@ Run = Callable[[kernels.Launch, str], list[mx.array]]
 TILE_BYTES = 4 << 20
 GPU_TILE_BYTES = 128 << 20  # there, launches cost more
 COPIES = 12  # of a tile's levels that unpacking holds at once: MLX keeps up to ten operations in flight
-DECODED_BYTES = 512 << 20  # of one head's keys and values, for the time of a prompt chunk's attention
-PIECE_BYTES = 64 << 20  # of as many heads as are decoded at a time: MLX has many such pieces in flight
+DECODED_BYTES = 512 << 20  # of one layer's keys and values, for the time of a prompt chunk's attention
+WAITING_BYTES = 8 << 20  # of a decoding that is worth waiting for
 LOWEST = -1e30  # stands for minus infinity: finite, so that rows without any visible key stay free of NaN
 
 
@@ -72,7 +73,7 @@ def attend_codes(
     place: str,
     run: Run | None = None,
 ) -> mx.array:
-    """`attend` by the kernels, for at most launches.MOST_QUERIES tokens; `run` launches one at `place`, without tracing."""
+    """`attend` by the kernels, for at most launches.MOST_QUERIES tokens; `run` launches one, without tracing."""
     plan, operands = steps.step(snapshot, queries, scale, mask, sinks, place)
     return steps.attend(plan, operands) if run is None else steps.attend_by(run, plan, operands)
 
@@ -86,9 +87,9 @@ def _decoded_bytes(snapshot: Snapshot, heads: int) -> int:
 def _attend_decoded(
     snapshot: Snapshot, queries: mx.array, scale: float, mask: Mask, sinks: mx.array | None, place: str
 ) -> mx.array:
-    """For prompts: MLX's own attention over a decoding of as many heads at a time as PIECE_BYTES hold."""
+    """For prompts: MLX's own attention over a decoding of as many heads at a time as DECODED_BYTES hold."""
     heads, query_heads = snapshot.exact_keys.shape[1], queries.shape[1]
-    most, group = max(PIECE_BYTES // _decoded_bytes(snapshot, 1), 1), query_heads // heads
+    most, group = max(DECODED_BYTES // _decoded_bytes(snapshot, 1), 1), query_heads // heads
     layout, order = snapshot.layout, None
     if not layout.alike:
         order, mask = layout.order((0,) * len(queries), layout.length), _within_rows(layout, mask, queries.shape[2])
@@ -96,19 +97,30 @@ def _attend_decoded(
     for first in range(0, heads, most):
         count = min(most, heads - first)
         rows = slice(first * group, (first + count) * group)
-        q = queries[:, rows]
-        if results:  # one after the other, or the decodings of all would be held
-            q = mx.depends([q], [results[-1]])[0]
+        decoded = (
+            launches.decode_both(snapshot, place)
+            if count == heads
+            else tuple(launches.decode_heads(snapshot, part, first, count, place) for part in (0, 1))
+        )
         keys, values = (
-            snapshot.in_order(
-                exact[:, first : first + count], launches.decode_heads(snapshot, part, first, count, place), order
-            )
-            for part, exact in enumerate((snapshot.exact_keys, snapshot.exact_values))
+            snapshot.in_order(exact[:, first : first + count], middle, order)
+            for exact, middle in zip((snapshot.exact_keys, snapshot.exact_values), decoded, strict=True)
         )
         own = mask[:, rows] if isinstance(mask, mx.array) and mask.ndim == 4 and mask.shape[1] == query_heads else mask
         logits = None if sinks is None else sinks[rows]
-        results.append(original_attention()(q, keys, values, scale=scale, mask=own, sinks=logits))
+        results.append(original_attention()(queries[:, rows], keys, values, scale=scale, mask=own, sinks=logits))
+        del decoded, keys, values
+        _wait_for(results[-1], _decoded_bytes(snapshot, count))
     return results[0] if len(results) == 1 else mx.concatenate(results, axis=1)
+
+
+def _wait_for(result: mx.array, decoded: int) -> None:
+    """Until a large decoding is free again: MLX sends a GPU the work of many layers ahead, and each holds its own."""
+    if decoded < WAITING_BYTES:
+        return
+    # While MLX traces a function, nothing can be waited for.
+    with contextlib.suppress(RuntimeError, ValueError):
+        mx.eval(result)
 
 
 def _trusts(snapshot: Snapshot, place: str) -> bool:

@@ -264,7 +264,7 @@ def decode_both(snapshot: "Snapshot", place: str) -> tuple[mx.array, mx.array]:
     # The table has the values' heads after the keys'.
     levels_of = run(decode(snapshot, 0, 0, 2 * heads, mx.float32 if dtype == mx.float32 else mx.float16), place)[0]
     z = levels_of[..., : snapshot.packed_tokens].swapaxes(-1, -2)
-    basis, mean = (mx.concatenate(p) for p in ((keys.synthesis, values.synthesis), (keys.mean, values.mean)))
+    basis, mean = (mx.concatenate(p) for p in ([keys.synthesis, values.synthesis], [keys.mean, values.mean]))
     both = _synthesized(z, basis, mean, dtype)
     return both[:, :heads], both[:, heads:]
 
