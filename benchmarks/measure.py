@@ -30,7 +30,7 @@ from vq_kvcache.spectral.spectral_quant import RawQuantizer, SpectralQuantizer, 
 
 HERE = pathlib.Path(__file__).resolve().parent
 RESULTS = HERE / "results"
-STEP = 16  # tokens fed at once: small enough that every position keeps its exact window, see storage.LAG
+STEP = 16  # tokens fed at once: small enough that every position keeps its exact window, see sealing.LAG
 
 
 class RoundTrip(RawQuantizer):

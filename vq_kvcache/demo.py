@@ -17,7 +17,7 @@ from mlx_lm.models.cache import KVCache
 from .cache import SpectralKVCache
 from .hooks import generate, load, make_prompt_cache
 from .options import CacheOptions
-from .storage import LAG
+from .spectral.sealing import LAG
 
 PROMPT_TOKENS = 2000
 JUDGED_TOKENS = 128

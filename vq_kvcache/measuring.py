@@ -22,7 +22,7 @@ from .options import CacheOptions
 from .spectral.codec import Codec
 from .spectral.intercept import members_of, replace_kv, uses
 from .spectral.participation_ratio import compute_participation_ratio
-from .storage import LAG
+from .spectral.sealing import LAG
 
 PREFILL = 256  # tokens of a text that are read in one piece, and not scored
 READ_AT_ONCE = 256  # tokens, as mlx-lm's cache grows
