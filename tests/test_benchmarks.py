@@ -2,6 +2,7 @@
 
 import json
 import math
+import types
 
 import bound
 import measure
@@ -16,7 +17,10 @@ from conftest import like_calibrated, random_codec, tiny_model
 from mlx_lm.generate import maybe_quantize_kv_cache
 from tqdm import tqdm
 
+from vq_kvcache import Codec, demo
 from vq_kvcache.hooks import own_caches
+from vq_kvcache.spectral.calibration_text import calibration_sequences
+from vq_kvcache.spectral.sealing import calibration_mass
 
 
 @pytest.mark.parametrize("bits", [4, 3, 2])
@@ -89,6 +93,32 @@ def result(**kl):
         for name, value in kl.items()
     }
     return {"model": "m", "context": 64, "mode": "decode", "cells": cells, "predicted_kl": {"2": 0.004}}
+
+
+def test_predictions_made_again_are_those_of_the_codec():
+    shipped = Codec.load(next((demo.model_folder().parent / "codecs").iterdir()))
+    for context, mode in ((1024, "decode"), (4096, "prefill")):
+        made = {"codec": shipped.provenance, "context": context, "mode": mode, "cells": {}}
+        mass = quality.mass_of(context, mode)
+        # What earlier versions stored: costs shared out among the tokens behind window and sinks.
+        cost = shipped.kl_of_mass(2.0, calibration_mass(1024, 128, 4))
+        first = measure.predict_again(made | {"predicted_kl": {"2": cost * 1024 / (1024 - 132)}}, mass)
+        again = measure.predict_again(first, mass / 3)
+        assert first["predicted_kl"]["2"] == pytest.approx(shipped.kl_of_mass(2.0, mass))
+        assert again["predicted_kl"]["2"] == pytest.approx(shipped.kl_of_mass(2.0, mass) / 3)
+        assert (first["far_mass"], again["far_mass"]) == (mass, mass / 3)
+
+
+def test_held_out_text_is_none_of_the_calibrations(monkeypatch):
+    texts = ["".join(chr(0x4000 + 1000 * kind + i) for i in range(500)) for kind in range(4)]
+    monkeypatch.setattr(measure, "built_in_texts", lambda: texts)
+    letters = types.SimpleNamespace(encode=lambda text, add_special_tokens: [ord(c) for c in text])
+    seen = {i for s in calibration_sequences(None, letters, 7, 150, texts, 0) for i in s.tolist()}
+    rows = measure.held_out(letters, Codec("m", random_codec().layers, {"sequences": 7, "sequence_length": 150}), 90, 2)
+    assert [len(row) for row in rows] == [90] * 8
+    assert len({(row[0] - 0x4000) // 1000 for row in rows}) == 4
+    assert not seen & {i for row in rows for i in row}
+    assert sum(len(row) for row in rows) == len({i for row in rows for i in row})
 
 
 def test_predictions_are_held_against_domains_like_the_calibrations_and_bounds_against_all():

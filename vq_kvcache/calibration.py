@@ -6,7 +6,7 @@ import sys
 
 from mlx_lm.utils import load
 
-from .inspection import predicted
+from .inspection import predicted, told
 from .spectral.calibrate import calibrate_codec
 from .spectral.codec import stored_path
 
@@ -30,6 +30,6 @@ def main(argv: list[str]) -> int:
         print(f"vq_kvcache calibrate: {error}", file=sys.stderr)
         return 1
     print(f"{path}: codec {codec.identity} of model {codec.fingerprint}, {len(codec.layers)} layers")
-    if (costs := predicted(codec)) is not None:
-        print("predicted KL, nats: " + ", ".join(f"{kl:.2g} ({bits})" for bits, kl in costs.items()))
+    if codec.in_nats:
+        print(told(predicted(codec)))
     return 0

@@ -88,7 +88,7 @@ def compare(name: str, model: Any, tokenizer: Any, codec: Codec, request: Reques
         "bytes_per_number": methods[0].bits / 8, "quality_in_float32": not on_gpu, "missing": missing,
         "group_size": next((m.group_size for m in methods if m.group_size), None),
         "contexts": request.contexts, "methods": rows, "spectra": measuring.spectra(codec),
-        "predicted_kl": {f"{b:g}": codec.predicted_kl(b) for b in request.bits} if codec.in_nats else {},
+        **measuring.predicted(codec, request.bits, len(request.opening) + _length(request)),
         "widths": {f"{b:g}": measuring.widths(codec, b) for b in request.bits},
     }  # fmt: skip
 
@@ -108,8 +108,13 @@ def _bytes_and_speed(
         return {(name, context): row for name, context, row in rows}, reading
 
 
+def _length(request: Request) -> int:
+    """Tokens of a text that is scored, its opening not counted."""
+    return min(SEQUENCE, request.tokens, len(request.ids))
+
+
 def _quality(model: Any, methods: Sequence[Method], request: Request) -> list[Row]:
-    length = min(SEQUENCE, request.tokens, len(request.ids))
+    length = _length(request)
     count = max(1, min(request.tokens, len(request.ids)) // length)
     texts = mx.array([[*request.opening, *request.ids[i * length : (i + 1) * length]] for i in range(count)])
     with tqdm(total=texts.shape[1] * len(methods), desc="next tokens", unit="token") as progress:

@@ -203,7 +203,7 @@ def closeness(report: Report) -> str:
         "0.01 a difference that sampling hides. Lower and further left is better."
     )
     note = (
-        "Predictions are for text like the calibration’s, at positions beyond the exact window. The last column is "
+        "Predictions are for text like the calibration’s, for the same positions. The last column is "
         "cache.drift: coordinates beyond their outermost level and energy in dropped dimensions, as multiples of the "
         "calibration text’s, the largest of all layers; from 1.5 on, calibrate on text like yours."
     )
