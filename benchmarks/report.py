@@ -176,6 +176,7 @@ def tables() -> dict[str, str]:
             [quality_tables.by_domain(r) for r in _shortest(decode)]
             + [f(quality) for f in (quality_tables.summary, quality_tables.targets)]
             + [quality_tables.predictions(quality)]
+            + [quality_tables.held_out(found) for found in _results("prediction-*.json")]
             + [quality_tables.rings(found) for found in [_results("rings-*.json")] if found]
         ),
         "recall": quality_tables.recall(_results("recall-*.json")),

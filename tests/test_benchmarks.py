@@ -9,6 +9,7 @@ import measure
 import mlx.core as mx
 import numpy as np
 import outliers
+import prediction
 import pytest
 import quality
 import quality_tables
@@ -125,6 +126,29 @@ def test_predictions_are_held_against_domains_like_the_calibrations_and_bounds_a
     made = result(spectral_2=0.002, bound_1=0.004, bound_2=0.001)
     assert quality_tables.predictions([made]).endswith("| m 64 decode | 2.00 (0.50) |")
     assert quality_tables.predictions([result(spectral_2=0.002)]).endswith("| m 64 decode | 2.00 |")
+
+
+def test_held_out_predictions_have_a_row_for_each_window_and_a_reason_for_the_exponent():
+    def cell(window, context, kl):
+        told = {"window": window, "bits": 2.0, "context": context}
+        return told | {"predicted": kl, "measured": 2.0, "standard_error": 0.1}
+
+    made = {"model": "m", "texts": 8, "spread": {"1": 0.3, "2": 0.2, "3": 0.4}}
+    made["rows"] = [cell(64, 512, 1.0), cell(128, 512, 3.0), cell(64, 1024, 2.0), cell(128, 1024, 4.0)]
+    lines = quality_tables.held_out(made).split("\n")
+    assert lines[4:6] == ["| window 64 | 0.50, 1.00 |", "| window 128 | 1.50, 2.00 |"]
+    assert "standard errors of the measured one are 5%" in lines[0]
+    with pytest.raises(ValueError, match=r"spreads are .*; expected the least with 2"):
+        quality_tables.held_out(made | {"spread": {"2": 0.3, "3": 0.2}})
+
+
+def test_spreads_are_of_the_ratios_that_other_exponents_would_give():
+    shipped = Codec.load(next((demo.model_folder().parent / "codecs").iterdir()))
+    kl = {(w, b): np.full((2, 1792), 0.001 * w / b) for w in prediction.WINDOWS for b in prediction.BITS}
+    rows = prediction.rows_of(shipped, kl)
+    logs = [math.log(r["predicted"] / r["measured"]) for r in rows]
+    assert prediction.spread(shipped, rows, 2.0) == pytest.approx(np.std(logs), rel=1e-3)
+    assert prediction.spread(shipped, rows, 1.0) != pytest.approx(np.std(logs), rel=1e-2)
 
 
 def test_rings_save_the_bits_that_codes_alone_need_for_the_same_kl():
