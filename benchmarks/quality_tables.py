@@ -175,6 +175,27 @@ def held_out(result: Result) -> str:
     return "\n".join(lines)
 
 
+def drift(results: list[Result]) -> str:
+    """What the drift monitor reads on text like the calibration's and on other text, in one sentence a model."""
+    told = []
+    for result in results:
+        found = {name: [x for row in rows for x in row] for name, rows in result["readings"].items()}
+        held, limit = max(found.pop("held out")), result["limit"]
+        if not held < limit:
+            raise ValueError(
+                f"held-out calibration text reads {held}; expected less than {limit}, the limit; raise it."
+            )
+        domains = {name: max(found[name]) for name in (*LIKE_CALIBRATION, "drama")}
+        unlike = [f"{name} {min(x):.2f}" for name, x in found.items() if name not in domains]
+        bits = result["bits"]
+        told.append(
+            f"It reads at most {held:.2f} on {result['model']}'s calibration texts where calibration left them out, at "
+            f"most {max(domains.values()):.2f} on the domains above ({max(domains, key=lambda n: domains[n])}), and at "
+            f"least on {', '.join(unlike)} ({result['tokens']:,} tokens, {min(bits):g} to {max(bits):g} bits)."
+        )
+    return "\n".join(told)
+
+
 def _above(result: Result, bits: str, curve: dict[float, float]) -> str:
     kl = mean_kl(result, f"spectral {bits}")
     known = kl and len(curve) > 1 and float(bits) <= max(curve)

@@ -180,6 +180,7 @@ def tables() -> dict[str, str]:
             + [quality_tables.rings(found) for found in [_results("rings-*.json")] if found]
         ),
         "recall": quality_tables.recall(_results("recall-*.json")),
+        "drift": quality_tables.drift(_results("drift-*.json")),
         "outliers": quality_tables.outliers(_results("outliers-*.json")),
         "calibration": quality_tables.calibrations(_results("calibration-*.json")),
         "models": models(json.loads((RESULTS / "models.json").read_text())),

@@ -5,6 +5,7 @@ import math
 import types
 
 import bound
+import drift_limit
 import measure
 import mlx.core as mx
 import numpy as np
@@ -19,8 +20,10 @@ from mlx_lm.generate import maybe_quantize_kv_cache
 from tqdm import tqdm
 
 from vq_kvcache import Codec, demo
-from vq_kvcache.hooks import own_caches
+from vq_kvcache.hooks import make_prompt_cache, own_caches
+from vq_kvcache.options import CacheOptions
 from vq_kvcache.spectral.calibration_text import calibration_sequences
+from vq_kvcache.spectral.codec import fingerprint
 from vq_kvcache.spectral.sealing import calibration_mass
 
 
@@ -120,6 +123,16 @@ def test_held_out_text_is_none_of_the_calibrations(monkeypatch):
     assert len({(row[0] - 0x4000) // 1000 for row in rows}) == 4
     assert not seen & {i for row in rows for i in row}
     assert sum(len(row) for row in rows) == len({i for row in rows for i in row})
+
+
+def test_readings_of_drift_are_those_of_caches():
+    model = tiny_model()
+    codec = random_codec(layers=2, name=fingerprint(model))
+    ids = np.random.default_rng(1).integers(2, 90, 404).tolist()
+    for bits, found in zip((1.0, 4.0), drift_limit.readings(model, codec, ids, (1.0, 4.0)), strict=True):
+        caches = make_prompt_cache(model, cache=CacheOptions(bits, codec=codec))
+        mx.eval(model(mx.array([ids]), cache=caches), [c.state for c in caches])
+        assert found == pytest.approx(max(c.drift.energy for c in caches), rel=1e-3)
 
 
 def test_predictions_are_held_against_domains_like_the_calibrations_and_bounds_against_all():

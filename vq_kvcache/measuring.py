@@ -210,8 +210,7 @@ def drift_of(caches: Sequence[Any]) -> Row | None:
     found = [d for c in spectral if (d := c.drift) is not None]
     if not found:
         return None
-    overload, dropped = max(d.overload for d in found), max(d.dropped for d in found)
-    return {"overload": overload, "dropped": dropped, "is_large": any(d.is_large for d in found)}
+    return {"energy": max(d.energy for d in found), "is_large": any(d.is_large for d in found)}
 
 
 def continuation(

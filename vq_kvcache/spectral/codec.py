@@ -81,8 +81,10 @@ class Transforms:
         dims = np.arange(self.mean.shape[1])
         heads = []
         for h, bits in enumerate(widths):
-            variances = self.eigenvalues[h] * self.stretch[h, dims, bits] ** 2
-            heads.append(SpectralQuantizer.from_transform(self.mean[h], self.analysis[h], variances, bits))
+            stretch = self.stretch[h, dims, bits]
+            variances = self.eigenvalues[h] * stretch**2
+            parts = self.mean[h], self.analysis[h], variances, bits
+            heads.append(SpectralQuantizer.from_transform(*parts, stretch=stretch))
         return SpectralQuantizer.stack(heads)
 
 
