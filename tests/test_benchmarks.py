@@ -135,6 +135,17 @@ def test_readings_of_drift_are_those_of_caches():
         assert found == pytest.approx(max(c.drift.energy for c in caches), rel=1e-3)
 
 
+def test_what_drift_reads_is_told_from_the_worst_of_alike_and_the_least_of_unlike_texts():
+    readings = {name: [[1.0, 1.1], [0.9, 1.05]] for name in quality.DOMAINS}
+    readings |= {"held out": [[1.0, 1.2], [1.15, 0.8]], "drama": [[1.25, 1.0]], "French": [[1.6, 1.5]]}
+    made = {"model": "m", "limit": 1.3, "tokens": 1248, "bits": [1.0, 4.0], "readings": readings}
+    line = quality_tables.drift([made])
+    assert "at most 1.20 on m's calibration texts" in line
+    assert "at most 1.25 on the domains above (drama), and at least on French 1.50 (1,248 tokens, 1 to 4 bits)" in line
+    with pytest.raises(ValueError, match=r"held-out calibration text reads 1.2; expected less than 1.1, the limit"):
+        quality_tables.drift([made | {"limit": 1.1}])
+
+
 def test_predictions_are_held_against_domains_like_the_calibrations_and_bounds_against_all():
     made = result(spectral_2=0.002, bound_1=0.004, bound_2=0.001)
     assert quality_tables.predictions([made]).endswith("| m 64 decode | 2.00 (0.50) |")
