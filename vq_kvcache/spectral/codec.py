@@ -246,7 +246,8 @@ class Codec:
         return length, window, sinks
 
     def bits_for(self, max_kl: float, context: int = CONTEXT, window: int | None = None) -> float:
-        """The smallest budget, in steps of 1/16 bit, whose `predicted_kl` is at most `max_kl`; ValueError if none."""
+        """The smallest budget, in steps of 1/16 bit, whose `predicted_kl` at this context and window is at most
+        `max_kl` nats; ValueError if none."""
         steps = [b / 16 for b in range(4, 16 * MAX_BITS + 1)]
         least = self.predicted_kl(steps[-1], context, window)
         if not max_kl > 0 or least > max_kl:
