@@ -182,10 +182,12 @@ def tables() -> dict[str, str]:
         "quality": "\n\n".join(
             [quality_tables.by_domain(r) for r in _shortest(decode)]
             + [f(quality) for f in (quality_tables.summary, quality_tables.targets)]
-            + [quality_tables.predictions(decode)]
+            + [quality_tables.predictions(quality)]
+            + [quality_tables.held_out(found) for found in _results("prediction-*.json")]
             + [quality_tables.rings(found) for found in [_results("rings-*.json")] if found]
         ),
         "recall": quality_tables.recall(_results("recall-*.json")),
+        "drift": quality_tables.drift(_results("drift-*.json")),
         "outliers": quality_tables.outliers(_results("outliers-*.json")),
         "calibration": quality_tables.calibrations(_results("calibration-*.json")),
         "models": models(json.loads((RESULTS / "models.json").read_text())),

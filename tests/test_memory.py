@@ -57,7 +57,7 @@ def test_codec_bytes_are_what_a_plan_takes(exact_buffers):
     told = sum(SpectralKVCache(plan, i).stats()["codec_bytes"] for i in range(6))
     # Transforms are float32: per layer, K or V, and head a mean of 64, and two matrices of 64 by the stored dimensions.
     stored = sum(q.layout.stored for layer in plan.layers.values() for q in (layer.keys, layer.values))
-    # The drift monitor's: eight dropped dimensions' columns of 64, and the outermost level of each stored dimension.
+    # The drift monitor's: eight dropped dimensions' columns of 64, and a weight of each stored dimension.
     watched = 4 * 2 * (6 * 2 * 64 * 8 + stored)
     transforms = 4 * 2 * (6 * 2 * 64 + 2 * 64 * stored)
     assert 0 < told - transforms - watched < 0.05 * told  # the rest: the layout's index tables

@@ -119,14 +119,6 @@ class Layout:
         """H."""
         return len(self.order)
 
-    def outermost_levels(self, head: int) -> list[float]:
-        """The largest level of each stored coordinate of a head."""
-        tops = []
-        for s in self.segments[head]:
-            rings = self.trellis and is_ring(s.width, s.slots)
-            tops += [float((ring_levels if rings else levels)(s.width)[-1])] * s.count
-        return tops
-
     @property
     def padding_bits(self) -> int:
         """Bits of the W words that hold no code."""
