@@ -27,12 +27,13 @@ Run = Callable[[kernels.Launch, str], list[mx.array]]
 
 # Of all temporaries together: beyond a few MB they leave the cache of a CPU, beyond 32 MB MLX keeps their buffers no
 # longer and they cost page faults (7-13 times slower). Smaller tiles cost launches, so a large layer takes more.
-TILE_BYTES, LARGE_TILE_BYTES = 4 << 20, 16 << 20
-TILE_SHARE = 8  # the part of a layer, decoded, that may be held at once where that is more than TILE_BYTES
+TILE_BYTES, LARGE_TILE_BYTES = 4 << 20, 12 << 20
+TILE_SHARE = 4  # the part of a layer, decoded, that may be held at once where that is more than TILE_BYTES
 GPU_TILE_BYTES = 128 << 20  # there, launches cost more
 CORES = os.cpu_count() or 1
 MOST_STREAMS = 8
-COPIES = 6  # of a tile's levels that unpacking holds at once: MLX keeps up to ten operations in flight
+COPIES = 12  # of a tile's levels that are held at once: MLX keeps a hundred operations in flight,
+COPIES_OF_A_STREAM = 8  # and every stream works on some
 DECODED_BYTES = 512 << 20  # of one layer's keys and values, for the time of a prompt chunk's attention
 FEW_ROWS = 16  # for which `_weighted` multiplies by itself
 LANES = 16
@@ -232,8 +233,9 @@ def _tile_tokens(snapshot: Snapshot, queries: mx.array, streams: int) -> int:
     of 64, at least 64."""
     batch, rows, _ = queries.shape
     dims = max(snapshot.exact_keys.shape[3], snapshot.exact_values.shape[3])
-    per_token = 4 * batch * max(COPIES * dims, rows)
-    return int(max(_tile_bytes(snapshot) // streams // per_token // 64 * 64, 64))
+    copies = max(COPIES, COPIES_OF_A_STREAM * streams)
+    per_token = 4 * batch * max(copies * dims, streams * rows)
+    return int(max(_tile_bytes(snapshot) // per_token // 64 * 64, 64))
 
 
 def _attend_tile(running: Running | None, scores: mx.array, values: mx.array, product: Product = mx.matmul) -> Running:
@@ -253,12 +255,9 @@ def _weighted(weights: mx.array, values: mx.array) -> mx.array:
     rows, tokens = weights.shape[1:]
     if rows > FEW_ROWS or tokens % LANES or mx.default_device() == mx.gpu:
         return weights @ values
-    columns = values.swapaxes(-1, -2)
-    sums = [
-        mx.unflatten(columns * weights[:, row : row + 1], -1, (LANES, -1)).sum(axis=-2).sum(axis=-1)
-        for row in range(rows)
-    ]
-    return mx.stack(sums, axis=1)
+    columns = mx.unflatten(values.swapaxes(-1, -2), -1, (LANES, -1))
+    of_row = mx.split(mx.unflatten(weights, -1, (LANES, -1)), rows, axis=1)
+    return mx.stack([(columns * w).sum(axis=-2) for w in of_row], axis=1).sum(axis=-1)
 
 
 def _merge(running: Running, top: mx.array, total: mx.array, output: mx.array | None) -> Running:

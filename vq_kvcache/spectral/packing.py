@@ -27,7 +27,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from .bit_allocator import allocate
-from .codebook import MAX_BITS, dequantize, fused, levels
+from .codebook import COEFFICIENTS, MAX_BITS, dequantize, fused, levels
+from .trellis import COEFFICIENTS as RING_COEFFICIENTS
 from .trellis import dequantize_rings, is_ring, ring_constants, ring_levels, turn_rings
 
 WORD_BITS = 32
@@ -177,7 +178,13 @@ class Layout:
         if table.rings:
             source = mx.concatenate([source, *turn_rings(mx.take(source, table.ring_words, axis=0), *table.rings)])
         fields = mx.right_shift(mx.take(source, table.rows, axis=0).view(mx.int32), table.shifts)
-        parts = [_levels(r.width, r.ring)(fields[r.start : r.end]) for r in table.runs]
+        masked = fields[table.long :] & table.masks if table.masks.size else fields
+        parts = [
+            _levels(r.width, r.ring)(masked[r.start - table.long : r.end - table.long])
+            if r.long
+            else _levels(r.width, r.ring)(fields[r.start : r.end])
+            for r in table.runs
+        ]
         levels = parts[0] if len(parts) == 1 else mx.concatenate(parts)
         return levels.reshape(levels.shape[0], batch, tokens).swapaxes(0, 1)
 
@@ -238,8 +245,9 @@ class _Tables:
 
 
 class _Run(NamedTuple):
-    """Rows start..end of fields of one width, in rings or alone."""
+    """Rows start..end of fields of one kind."""
 
+    long: bool
     width: int
     ring: bool
     start: int
@@ -249,8 +257,9 @@ class _Run(NamedTuple):
 class _Field(NamedTuple):
     """Where a stored coordinate's field is, and how far to shift it; sorted, those of one kind are neighbours."""
 
-    ring: bool
+    long: bool
     width: int
+    ring: bool
     row: int
     shift: int
     position: int
@@ -261,12 +270,15 @@ class _HeadTable:
     """The fields of one head, those of one kind side by side. A field's row is one of the head's words, or of the
     turned rings that follow them, the even slots of all rings and then the odd ones.
 
-    ring_words, rings: what `turn_rings` takes.
+    ring_words, rings: what `turn_rings` takes.  long: the first row whose polynomial fuses with no mask before it, and
+    masks of the rows from there on.
     """
 
     rows: mx.array
     shifts: mx.array
     runs: list[_Run]
+    long: int
+    masks: mx.array
     ring_words: mx.array
     rings: tuple[mx.array, ...]
     places: mx.array
@@ -275,7 +287,7 @@ class _HeadTable:
     @property
     def arrays(self) -> list[mx.array]:
         """All of them."""
-        return [self.rows, self.shifts, self.ring_words, *self.rings, self.places, self.coordinates]
+        return [self.rows, self.shifts, self.masks, self.ring_words, *self.rings, self.places, self.coordinates]
 
     @classmethod
     def of(cls, layout: "Layout", head: int) -> "_HeadTable":
@@ -290,18 +302,20 @@ class _HeadTable:
                 slot, w = divmod(i, s.words)
                 row = words + slot % 2 * count + rings + w if ring else s.first_word + w
                 shift = slot // 2 * 2 * s.width if ring else s.shift + slot * s.width
-                fields.append(_Field(ring, s.width, row, shift, s.first + i))
+                fields.append(_Field(_is_long(s.width, ring), s.width, ring, row, shift, s.first + i))
             rings += s.words if ring else 0
         fields.sort()
         runs: list[_Run] = []
-        for kind, same in itertools.groupby(fields, key=lambda f: (f.width, f.ring)):
+        for kind, same in itertools.groupby(fields, key=lambda f: (f.long, f.width, f.ring)):
             start = runs[-1].end if runs else 0
-            runs.append(_Run(*kind, start, start + len(list(same))))
+            runs.append(_Run(*kind, start=start, end=start + len(list(same))))
         coordinates = np.array([f.position for f in fields], dtype=np.uint32)
         return cls(
             _indices([f.row for f in fields]),
             _column([f.shift for f in fields]).astype(mx.int32),
             runs,
+            sum(not f.long for f in fields),
+            _column([2 ** (f.width + f.ring) - 1 for f in fields if f.long]).astype(mx.int32),
             _indices([s.first_word + w for s in coded for w in range(s.words)]),
             ring_constants([(s.shift, s.width, s.slots) for s in coded for _ in range(s.words)]),
             _indices(np.argsort(coordinates)),
@@ -380,15 +394,21 @@ def _storage_order(widths: NDArray[np.int64], segments: list[Segment]) -> list[i
     return order
 
 
+def _is_long(width: int, ring: bool) -> bool:
+    """Whether levels of this kind take more operations than MLX fuses with a mask before them."""
+    return len((RING_COEFFICIENTS if ring else COEFFICIENTS)[width]) > 2
+
+
 @functools.cache
 def _levels(width: int, ring: bool) -> Callable[[mx.array], mx.array]:
-    """Mask and polynomial fused into one kernel for each width; a code in a ring has a bit more, see `turn_rings`."""
+    """Mask, unless the fields are masked, and polynomial fused into one kernel for each kind; a code in a ring has a
+    bit more, see `turn_rings`."""
+    mask = -1 if _is_long(width, ring) else 2 ** (width + ring) - 1
 
     @fused
     def decode(fields: mx.array) -> mx.array:
-        if ring:
-            return dequantize_rings(fields & (2 ** (width + 1) - 1), width)
-        return dequantize(fields & (2**width - 1), width)
+        codes = fields if mask < 0 else fields & mask
+        return dequantize_rings(codes, width) if ring else dequantize(codes, width)
 
     return decode
 
