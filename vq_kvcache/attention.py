@@ -30,7 +30,8 @@ Run = Callable[[kernels.Launch, str], list[mx.array]]
 TILE_BYTES, LARGE_TILE_BYTES = 4 << 20, 12 << 20
 TILE_SHARE = 4  # the part of a layer, decoded, that may be held at once where that is more than TILE_BYTES
 GPU_TILE_BYTES = 128 << 20  # there, launches cost more
-CORES = os.cpu_count() or 1
+# Those that this process may use, where the system tells.
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 MOST_STREAMS = 8
 COPIES = 12  # of a tile's levels that are held at once: MLX keeps a hundred operations in flight,
 COPIES_OF_A_STREAM = 8  # and every stream works on some
@@ -174,13 +175,12 @@ def _packed_heads(
     while a hundred operations wait. So a step of every head waits for the last step of all, and for nothing more.
     """
     running: list[Running | None] = [None] * len(heads)
-    scores: list[mx.array] = []
     tile = _tile_tokens(snapshot, queries[0][0], len(streams))
     for start in range(0, snapshot.packed_tokens, tile):
         end = min(start + tile, snapshot.packed_tokens)
         key_words, value_words = snapshot.words(start, end)
         key_words = mx.depends([key_words], before)[0]
-        scores = []
+        scores: list[mx.array] = []
         for head, (query, constant), stream in zip(heads, queries, streams, strict=False):
             with mx.stream(stream):
                 product = query @ snapshot.key_quantizer.decode_head(key_words, head) + constant
