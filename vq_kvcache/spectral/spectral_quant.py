@@ -276,6 +276,20 @@ class SpectralQuantizer:
         """Words [..., W, T] -> coordinates in storage order, unit variance, float32 [..., H, N, T]."""
         return self.layout.unpack_levels(words)
 
+    def decode_head(self, words: mx.array, head: int) -> mx.array:
+        """Words [B, W, T] of all heads -> levels of one, float32 [B, n, T], in the order of `sorted_queries`."""
+        return self.layout.head_levels(words, head)
+
+    def sorted_queries(self, folded: mx.array, head: int) -> mx.array:
+        """Folded queries [B, H, R, N] -> those of one head, [B, R, n], coordinates as `decode_head` orders them."""
+        own = folded[:, head]
+        return mx.take(own, self.layout.coordinates(head), axis=-1) if self.layout.order[head] else own[..., :0]
+
+    def stored_outputs(self, outputs: mx.array, head: int) -> mx.array:
+        """Sums [B, R, n] over what `decode_head` gives -> [B, R, N] in storage order."""
+        own = mx.take(outputs, self.layout.places(head), axis=-1) if self.layout.order[head] else outputs
+        return mx.pad(own, [(0, 0), (0, 0), (0, self.layout.stored - own.shape[-1])])
+
     def decode_words(self, words: mx.array, dtype: mx.Dtype = mx.float32) -> mx.array:
         """Words [..., W, T] -> vectors [..., H, T, D] of `dtype`."""
         return (self.decode_levels(words).swapaxes(-1, -2) @ self.synthesis + self.mean).astype(dtype)
@@ -326,6 +340,20 @@ class RawQuantizer:
     def decode_levels(self, words: mx.array) -> mx.array:
         """Words [..., W, T] -> numbers, float32 [..., H, D, T]."""
         return self.decode_words(words).astype(mx.float32).swapaxes(-1, -2)
+
+    def decode_head(self, words: mx.array, head: int) -> mx.array:
+        """Words [B, W, T] of all heads -> numbers of one, float32 [B, D, T]."""
+        n = self._words_per_head
+        numbers = mx.contiguous(words[:, head * n : (head + 1) * n].swapaxes(-1, -2)).view(self._dtype)
+        return numbers[..., : self.head_dim].astype(mx.float32).swapaxes(-1, -2)
+
+    def sorted_queries(self, folded: mx.array, head: int) -> mx.array:
+        """Those of one head."""
+        return folded[:, head]
+
+    def stored_outputs(self, outputs: mx.array, head: int) -> mx.array:
+        """The outputs themselves."""
+        return outputs
 
     def fold_queries(self, queries: mx.array) -> tuple[mx.array, mx.array]:
         """The queries themselves, and zero."""
