@@ -89,8 +89,6 @@ def main() -> None:
     if args.save:
         codec.save(args.save)
     told |= {"model": pathlib.Path(args.model).name, "codec_identity": codec.identity}
-    if not known:
-        told["predicted_kl"] = {f"{b:g}": codec.predicted_kl(b) for b in (1, 1.5, 2, 2.5, 3, 4)}
     file = args.out or measure.RESULTS / f"calibration-{told['model']}.json"
     measure.save(file, told)
     print(json.dumps(told))

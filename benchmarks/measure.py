@@ -24,14 +24,16 @@ from vq_kvcache.spectral.calibrate import (
     load_cached_rotations,
     save_rotations,
 )
+from vq_kvcache.spectral.calibration_text import SELF_WRITTEN_SHARE, built_in_texts, cut, encode, shares_of
 from vq_kvcache.spectral.codebook import dequantize, quantize
 from vq_kvcache.spectral.codec import LayerQuantizers, Plan, Transforms, fingerprint
 from vq_kvcache.spectral.files import cache_folder, write_atomically
+from vq_kvcache.spectral.sealing import calibration_mass
 from vq_kvcache.spectral.spectral_quant import RawQuantizer, SpectralQuantizer, SpectralRotation
 
 HERE = pathlib.Path(__file__).resolve().parent
 RESULTS = HERE / "results"
-STEP = 16  # tokens fed at once: small enough that every position keeps its exact window, see storage.LAG
+STEP = 16  # tokens fed at once: small enough that every position keeps its exact window, see sealing.LAG
 
 
 class RoundTrip(RawQuantizer):
@@ -175,6 +177,33 @@ def scores(
         progress.update(end - start)
     sizes = {name: sum(c.nbytes for c in caches) // len(ids) for name, caches in held.items()}
     return {name: joined(parts) for name, parts in rows.items()}, sizes
+
+
+def held_out(tokenizer: Any, codec: Codec, length: int, each: int) -> list[list[int]]:
+    """`each` sequences [length] of every built-in calibration text, from the stretches that this codec's calibration
+    left between its own; where one is too short, the next is joined on."""
+    told = codec.provenance
+    texts = [encode(tokenizer, text) for text in built_in_texts()]
+    shares = shares_of(told["sequences"] - int(told["sequences"] * SELF_WRITTEN_SHARE), len(texts))
+    rows = []
+    for ids, share in zip(texts, shares, strict=True):
+        seen = {i for part in cut(list(range(len(ids))), share, told["sequence_length"]) for i in part.tolist()}
+        rows += cut([token for i, token in enumerate(ids) if i not in seen], each, length)
+    return [row.tolist() for row in rows]
+
+
+def predict_again(result: dict[str, Any], mass: float) -> dict[str, Any]:
+    """The result with predictions of KL for this mass (sealing.far_mass), from those it has: a codec's predictions are
+    multiples of the mass (Codec.kl_of_mass), so the codec itself is not needed."""
+    told = result["codec"]
+    if (old := result.get("far_mass")) is None:
+        # Before there was a mass, predictions were of the mean calibration token that saw anything perturbed.
+        length, exact = told["sequence_length"], told["window"] + told["sinks"]
+        old = calibration_mass(length, told["window"], told["sinks"]) * length / (length - exact)
+    return result | {
+        "predicted_kl": {bits: kl * mass / old for bits, kl in result["predicted_kl"].items()},
+        "far_mass": mass,
+    }
 
 
 def log_probabilities(model: Any, caches: list[Any], ids: list[int], prefill: int) -> np.ndarray:

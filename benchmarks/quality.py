@@ -7,7 +7,8 @@ a time, so that every position has its exact window of 128 behind it, as in deco
 256, each of which sees itself exact. Quantizers run behind the same cache (window, sinks), so that only the method
 differs, but for "mlx as shipped": mlx-lm's --kv-bits, which has no window. "bound" is the rate-distortion bound
 (bound.py). Bytes are those of real caches only, in float32.
-Cells already in the result file are not measured again, unless the codec is another.
+Cells already in the result file are not measured again, unless the codec is another. With --predict-only nothing is
+measured: the predicted KL in the files of the model is worked out again, after a change to how it is predicted.
 """
 
 import argparse
@@ -23,8 +24,11 @@ import numpy as np
 from tqdm import tqdm
 
 from vq_kvcache import Codec, SpectralKVCache, make_prompt_cache
+from vq_kvcache.cache import CacheOptions
 from vq_kvcache.hooks import attach, detach, own_caches
 from vq_kvcache.spectral.calibration_text import encode
+from vq_kvcache.spectral.files import write_atomically
+from vq_kvcache.spectral.sealing import scored_mass
 
 PREFILL = 256
 STEPS = {"decode": 16, "prefill": 256}
@@ -97,6 +101,17 @@ def texts_of(tokenizer: Any, context: int, positions: int) -> dict[str, list[lis
     return found
 
 
+def edges_of(context: int, step: int) -> list[int]:
+    """Where the pieces begin and end in which a text is read; all after the first are scored."""
+    return [0, *range(PREFILL, context, step), context]
+
+
+def mass_of(context: int, mode: str) -> float:
+    """What errors weigh in the mean scored position, behind caches with the default window and sinks."""
+    exact = CacheOptions()
+    return scored_mass(edges_of(context, STEPS[mode]), exact.window, exact.sinks)
+
+
 def cell(found: measure.Scores, bits: float, nbytes: float | None) -> dict[str, Any]:
     """One method on one domain; kl_by_text is for paired comparisons."""
     by_text = found.kl.mean(axis=1, dtype=np.float64)
@@ -158,7 +173,14 @@ def main() -> None:
     parser.add_argument("--codec", help="codec file; default: the stored or shipped one of the model")
     parser.add_argument("--scalar-codec", help="codec of codes that stand alone (calibration.py --scalar), to compare")
     parser.add_argument("--out", type=pathlib.Path, help="default: results/quality-MODEL-CONTEXT-MODE.json")
+    parser.add_argument("--predict-only", action="store_true", help="only predict again, in all files of the model")
     args = parser.parse_args()
+    if args.predict_only:
+        for written in sorted(measure.RESULTS.glob(f"quality-{pathlib.Path(args.model).name}-*.json")):
+            result = json.loads(written.read_text())
+            again = measure.predict_again(result, mass_of(result["context"], result["mode"]))
+            write_atomically(written, (json.dumps(again, indent=1) + "\n").encode())
+        return
     model, tokenizer, head_dim, codec, identity = measure.load_with_codec(args.model, args.codec)
     name = f"quality-{pathlib.Path(args.model).name}-{args.context}-{args.mode}"
     file = args.out or measure.RESULTS / f"{name}.json"
@@ -174,14 +196,15 @@ def main() -> None:
     wanted = [m for m in table if any(f"{d}/{m}" not in cells for d in texts)]
     on_gpu = mx.default_device() == mx.gpu
     batch = args.batch or (128 if on_gpu else 8)
-    predicted = {f"{b:g}": codec.predicted_kl(b) for b in bits} if codec.in_nats else {}
+    mass = mass_of(args.context, args.mode)
+    predicted = {f"{b:g}": codec.kl_of_mass(b, mass) for b in bits} if codec.in_nats else {}
     at_once = AT_ONCE * (2 if on_gpu else 1)
     for i in range(0, len(wanted), at_once):
         now = {m: table[m] for m in wanted[i : i + at_once]}
         cells |= measure_methods(model, now, texts, batch, STEPS[args.mode], f"{i + len(now)} of {len(wanted)} methods")
         measure.save(file, {"model": pathlib.Path(args.model).name, "context": args.context, "mode": args.mode,
                             "prefill": PREFILL, "codec": codec.provenance, "codec_identity": identity,
-                            "predicted_kl": predicted, "cells": cells})  # fmt: skip
+                            "predicted_kl": predicted, "far_mass": mass, "cells": cells})  # fmt: skip
     print(json.dumps({"written": file.name, "cells": len(cells)}))
 
 

@@ -151,6 +151,52 @@ def predictions(results: list[Result]) -> str:
     return "\n".join(lines)
 
 
+def held_out(result: Result) -> str:
+    """Predicted KL against the measured one on text that calibration left out, by window, budget and context."""
+    rows = result["rows"]
+    windows, bits, contexts = (sorted({r[name] for r in rows}) for name in ("window", "bits", "context"))
+    errors = [r["standard_error"] / r["measured"] for r in rows]
+    lines = [
+        f"Predicted KL over the one measured on held-out text of the calibration's kind, {result['model']}, "
+        f"{result['texts']} texts, at contexts of {', '.join(f'{c:,}' for c in contexts)} tokens; standard errors of "
+        f"the measured one are {np.median(errors):.0%} in the median:",
+        "",
+        "| | " + " | ".join(f"{b:g} bits" for b in bits) + " |",
+        "|---|" + "---|" * len(bits),
+    ]
+    ratio = {(r["window"], r["bits"], r["context"]): r["predicted"] / r["measured"] for r in rows}
+    for window in windows:
+        cells = [", ".join(f"{ratio[window, b, c]:.2f}" for c in contexts) for b in bits]
+        lines.append(f"| window {window} | " + " | ".join(cells) + " |")
+    spreads = {float(e): s for e, s in result["spread"].items()}
+    told = ", ".join(f"{s:.2f} with {e:g}" for e, s in spreads.items())
+    if min(spreads, key=lambda e: spreads[e]) != 2:
+        raise ValueError(f"spreads are {told}; expected the least with 2, which sealing.far_mass takes; change it.")
+    lines += ["", f"Standard deviation of the logarithm of these ratios by the exponent of the distance: {told}."]
+    return "\n".join(lines)
+
+
+def drift(results: list[Result]) -> str:
+    """What the drift monitor reads on text like the calibration's and on other text, in one sentence a model."""
+    told = []
+    for result in results:
+        found = {name: [x for row in rows for x in row] for name, rows in result["readings"].items()}
+        held, limit = max(found.pop("held out")), result["limit"]
+        if not held < limit:
+            raise ValueError(
+                f"held-out calibration text reads {held}; expected less than {limit}, the limit; raise it."
+            )
+        domains = {name: max(found[name]) for name in (*LIKE_CALIBRATION, "drama")}
+        unlike = [f"{name} {min(x):.2f}" for name, x in found.items() if name not in domains]
+        bits = result["bits"]
+        told.append(
+            f"It reads at most {held:.2f} on {result['model']}'s calibration texts where calibration left them out, at "
+            f"most {max(domains.values()):.2f} on the domains above ({max(domains, key=lambda n: domains[n])}), and at "
+            f"least on {', '.join(unlike)} ({result['tokens']:,} tokens, {min(bits):g} to {max(bits):g} bits)."
+        )
+    return "\n".join(told)
+
+
 def _above(result: Result, bits: str, curve: dict[float, float]) -> str:
     kl = mean_kl(result, f"spectral {bits}")
     known = kl and len(curve) > 1 and float(bits) <= max(curve)

@@ -61,6 +61,34 @@ def kernel(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def attention_cpu(result: dict[str, Any]) -> str:
+    """Attention on codes on a CPU beside MLX's own, what its parts take, and a whole step."""
+    cores = result["cores"]
+    lines = [
+        f"CPU of {cores} cores, MLX {result['machine']['mlx']} with the BLAS of its wheel, shape of Llama-3.1-8B, a "
+        "layer's attention for one new token, and how many times as fast as MLX's attention in bfloat16 (on one core):",
+        "",
+        f"| context | bits | MLX's, bfloat16 | on codes, one core | on codes, {cores} cores | cores busy then |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in result["rows"]:
+        own = [f"{row[f'{n}_ms']:.0f} ms ({row[f'{n}_ratio']:.2f} x)" for n in ("one_core", "all_cores")]
+        lines.append(
+            f"| {row['tokens']:,} | {row['bits']:g} | {row['full_ms']:.0f} ms | {own[0]} | {own[1]} | "
+            f"{row['all_cores_busy']:.1f} |"
+        )
+    parts = ", ".join(f"{name} {ns:.1f}" for name, ns in result["parts_ns"].items())
+    steps = ", ".join(
+        f"{r['spectral_ms']:.1f} ms at {r['bits']:g} ({r['full_ms']:.1f} in full precision)" for r in result["steps"]
+    )
+    lines += [
+        "",
+        f"Nanoseconds per cached number on one core, at 2 bits: {parts}. A whole decode step of tiny-llama at "
+        f"{result['step_context']:,} tokens: {steps}.",
+    ]
+    return "\n".join(lines)
+
+
 def models(result: dict[str, Any]) -> str:
     """The sweep over model modules, by class."""
     rows = result["models"]
@@ -182,14 +210,17 @@ def tables() -> dict[str, str]:
         "quality": "\n\n".join(
             [quality_tables.by_domain(r) for r in _shortest(decode)]
             + [f(quality) for f in (quality_tables.summary, quality_tables.targets)]
-            + [quality_tables.predictions(decode)]
+            + [quality_tables.predictions(quality)]
+            + [quality_tables.held_out(found) for found in _results("prediction-*.json")]
             + [quality_tables.rings(found) for found in [_results("rings-*.json")] if found]
         ),
         "recall": quality_tables.recall(_results("recall-*.json")),
+        "drift": quality_tables.drift(_results("drift-*.json")),
         "outliers": quality_tables.outliers(_results("outliers-*.json")),
         "calibration": quality_tables.calibrations(_results("calibration-*.json")),
         "models": models(json.loads((RESULTS / "models.json").read_text())),
         "kernel": kernel(json.loads((RESULTS / "kernel.json").read_text())),
+        "attention-cpu": attention_cpu(json.loads((RESULTS / "attention-cpu.json").read_text())),
         "speculative": speculative(json.loads((RESULTS / "speculative.json").read_text())),
         "memory": memory(held),
         "roofline": speed_tables.roofline(json.loads((RESULTS / "roofline.json").read_text())),

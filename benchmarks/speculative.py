@@ -28,7 +28,7 @@ from tqdm import tqdm
 from vq_kvcache import Codec, SpectralKVCache, make_prompt_cache, stream_generate
 from vq_kvcache.hooks import own_caches, spectral_caches
 from vq_kvcache.spectral.calibration_text import encode
-from vq_kvcache.storage import LAG
+from vq_kvcache.spectral.sealing import LAG
 
 GUESSES = 4
 NOISE = 0.2  # of each weight matrix' standard deviation, in the draft that is wrong more often

@@ -34,9 +34,9 @@ def _stub_lm_eval():
 
 def _substitute():
     from vq_kvcache import batch_cache, batch_storage, cache, storage
-    from vq_kvcache.spectral import intercept
+    from vq_kvcache.spectral import intercept, sealing
 
-    for module in (storage, cache, batch_storage, batch_cache):
+    for module in (sealing, storage, cache, batch_storage, batch_cache):
         module.BLOCK, module.LAG = BLOCK, LAG
     for kind, name in ((cache.SpectralKVCache, "KVCache"), (batch_cache.BatchSpectralKVCache, "BatchKVCache")):
         options = {"plan": cache.LOSSLESS, "window": WINDOW, "sinks": SINKS}

@@ -34,7 +34,7 @@ from serving import LocalServer
 import vq_kvcache
 from vq_kvcache import SpectralKVCache, make_prompt_cache
 from vq_kvcache.demo import model_folder
-from vq_kvcache.storage import LAG
+from vq_kvcache.spectral.sealing import LAG
 
 CLIENTS = 32
 BEGINNINGS, PROMPTS = 4, 24  # texts that prompts begin with, and prompts in all

@@ -1,6 +1,11 @@
 """attend and attend_reference against float64 softmax attention over the very tokens that the snapshot holds."""
 
+import concurrent.futures
+import dataclasses
 import functools
+import os
+import subprocess
+import sys
 
 import mlx.core as mx
 import numpy as np
@@ -244,18 +249,87 @@ def test_with_nothing_packed_it_is_the_original_attention():
 
 
 @pytest.mark.parametrize("tile_bytes", [1 << 14, 1 << 17, 1 << 20])
+@pytest.mark.parametrize("cores", [1, 2])
 @pytest.mark.parametrize(("length", "groups"), [(1, 1), (1, 4), (16, 2), (40, 4)])
-def test_a_tile_decodes_no_more_than_its_bytes(monkeypatch, tile_bytes, length, groups):
+def test_a_tile_decodes_no_more_than_its_bytes(monkeypatch, tile_bytes, cores, length, groups):
     monkeypatch.setattr(attention, "TILE_BYTES", tile_bytes)
+    monkeypatch.setattr(attention, "LARGE_TILE_BYTES", tile_bytes)
+    monkeypatch.setattr(attention, "CORES", cores)
     asked = []
     original = Snapshot.words
     monkeypatch.setattr(Snapshot, "words", lambda self, a, b: asked.append((a, b)) or original(self, a, b))
     snapshot = snapshot_of("spectral")
     result = attend(snapshot, queries_for(snapshot, length, groups), 0.125, "causal")
-    assert [a for a, _ in asked] == [0, *(b for _, b in asked[:-1])]
-    assert asked[-1][1] == PACKED
+    passes = 2 // cores  # two heads, one on each core
+    for own in (asked[i * len(asked) // passes : (i + 1) * len(asked) // passes] for i in range(passes)):
+        assert [a for a, _ in own] == [0, *(b for _, b in own[:-1])]
+        assert own[-1][1] == PACKED
     largest = max(b - a for a, b in asked)
-    rows = 2 * 64 * attention.COPIES, 2 * groups * length  # numbers of a token's unpacking, and of its scores
+    rows = 64 * attention.COPIES, cores * groups * length  # numbers of a token's unpacking, and of its scores
     assert largest == 64 or largest * max(rows) * 4 <= tile_bytes
     assert largest == PACKED or (largest + 64) * max(rows) * 4 > tile_bytes  # nor much less
     assert error_of(result, snapshot, queries_for(snapshot, length, groups), 0.125, "causal") < FLOAT32_ERROR
+
+
+@pytest.mark.parametrize(("tokens", "expected"), [(1, 1 << 14), (1 << 9, 1 << 17), (1 << 20, 1 << 18)])
+def test_a_large_layer_is_decoded_in_larger_tiles(monkeypatch, tokens, expected):
+    """A quarter of 2 heads' keys and values of 64 in float32, between the two bounds."""
+    monkeypatch.setattr(attention, "LARGE_TILE_BYTES", 1 << 18)
+    large = dataclasses.replace(snapshot_of("spectral"), packed=((mx.zeros((1, 1, 1)), tokens),))
+    assert attention._tile_bytes(large) == expected
+
+
+@pytest.mark.parametrize("length", [1, 20])
+@pytest.mark.parametrize("heads", [1, 3])
+def test_any_number_of_cores_gives_the_same_numbers(monkeypatch, heads, length):
+    snapshot = snapshot_of("spectral", heads=heads)
+    queries = queries_for(snapshot, length)
+    results = []
+    for cores in (1, 2, 64):
+        monkeypatch.setattr(attention, "CORES", cores)
+        # The same tiles: sums in another order are other numbers.
+        monkeypatch.setattr(attention, "_tile_tokens", lambda *_: 64)
+        results.append(np.array(attend(snapshot, queries, 0.125, "causal")))
+    assert (results[0] == results[1]).all()
+    assert (results[0] == results[2]).all()
+
+
+def test_several_threads_attend_at_once(monkeypatch):
+    """Each thread has streams of its own, and other numbers to work on."""
+    monkeypatch.setattr(attention, "CORES", 4)
+    snapshot = snapshot_of("spectral", heads=4)
+    mx.eval(snapshot.exact_keys, snapshot.exact_values, [words for words, _ in snapshot.packed])
+    given = [np.array(queries_for(snapshot, 1, seed=seed)) for seed in range(4)]
+    expected = [np.array(attend(snapshot, mx.array(q), 0.125)) for q in given]
+
+    def work(index):
+        return [np.array(attend(snapshot, mx.array(given[index]), 0.125)) for _ in range(20)]
+
+    with concurrent.futures.ThreadPoolExecutor(4) as threads:
+        for index, results in enumerate(threads.map(work, range(4))):
+            assert all((result == expected[index]).all() for result in results)
+
+
+WITHOUT_COMPILER = """
+import sys
+import mlx.core as mx
+import numpy as np
+from vq_kvcache import doctor
+from vq_kvcache.attention import attend, attend_reference
+held = doctor.snapshot(doctor.Case(bits=float(sys.argv[1])))
+queries = mx.array(np.random.default_rng(0).normal(size=(1, 8, 1, 64)).astype(np.float32))
+found, expected = (np.array(f(held, queries, 0.125)) for f in (attend, attend_reference))
+print(abs(found - expected).max())
+"""
+
+
+@pytest.mark.parametrize("bits", ["2.25", "7.75"])
+def test_it_works_without_a_compiler(tmp_path, bits):
+    """MLX compiles kernels for a CPU with g++ when it first runs them; without one, operations stay apart."""
+    environment = {k: v for k, v in os.environ.items() if k != "MLX_DISABLE_COMPILE"}
+    environment |= {"PATH": str(tmp_path), "TMPDIR": str(tmp_path), "VQ_KVCACHE_BACKEND": "ops"}
+    command = [sys.executable, "-c", WITHOUT_COMPILER, bits]
+    done = subprocess.run(command, check=False, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) < 0.01  # the exact tokens, and so the reference, are in float16
+    assert not list(tmp_path.rglob("*.so"))  # nothing was compiled

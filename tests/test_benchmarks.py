@@ -2,12 +2,15 @@
 
 import json
 import math
+import types
 
 import bound
+import drift_limit
 import measure
 import mlx.core as mx
 import numpy as np
 import outliers
+import prediction
 import pytest
 import quality
 import quality_tables
@@ -16,7 +19,12 @@ from conftest import like_calibrated, random_codec, tiny_model
 from mlx_lm.generate import maybe_quantize_kv_cache
 from tqdm import tqdm
 
-from vq_kvcache.hooks import own_caches
+from vq_kvcache import Codec, demo
+from vq_kvcache.hooks import make_prompt_cache, own_caches
+from vq_kvcache.options import CacheOptions
+from vq_kvcache.spectral.calibration_text import calibration_sequences
+from vq_kvcache.spectral.codec import fingerprint
+from vq_kvcache.spectral.sealing import calibration_mass
 
 
 @pytest.mark.parametrize("bits", [4, 3, 2])
@@ -91,10 +99,80 @@ def result(**kl):
     return {"model": "m", "context": 64, "mode": "decode", "cells": cells, "predicted_kl": {"2": 0.004}}
 
 
+def test_predictions_made_again_are_those_of_the_codec():
+    shipped = Codec.load(next((demo.model_folder().parent / "codecs").iterdir()))
+    for context, mode in ((1024, "decode"), (4096, "prefill")):
+        made = {"codec": shipped.provenance, "context": context, "mode": mode, "cells": {}}
+        mass = quality.mass_of(context, mode)
+        # What earlier versions stored: costs shared out among the tokens behind window and sinks.
+        cost = shipped.kl_of_mass(2.0, calibration_mass(1024, 128, 4))
+        first = measure.predict_again(made | {"predicted_kl": {"2": cost * 1024 / (1024 - 132)}}, mass)
+        again = measure.predict_again(first, mass / 3)
+        assert first["predicted_kl"]["2"] == pytest.approx(shipped.kl_of_mass(2.0, mass))
+        assert again["predicted_kl"]["2"] == pytest.approx(shipped.kl_of_mass(2.0, mass) / 3)
+        assert (first["far_mass"], again["far_mass"]) == (mass, mass / 3)
+
+
+def test_held_out_text_is_none_of_the_calibrations(monkeypatch):
+    texts = ["".join(chr(0x4000 + 1000 * kind + i) for i in range(500)) for kind in range(4)]
+    monkeypatch.setattr(measure, "built_in_texts", lambda: texts)
+    letters = types.SimpleNamespace(encode=lambda text, add_special_tokens: [ord(c) for c in text])
+    seen = {i for s in calibration_sequences(None, letters, 7, 150, texts, 0) for i in s.tolist()}
+    rows = measure.held_out(letters, Codec("m", random_codec().layers, {"sequences": 7, "sequence_length": 150}), 90, 2)
+    assert [len(row) for row in rows] == [90] * 8
+    assert len({(row[0] - 0x4000) // 1000 for row in rows}) == 4
+    assert not seen & {i for row in rows for i in row}
+    assert sum(len(row) for row in rows) == len({i for row in rows for i in row})
+
+
+def test_readings_of_drift_are_those_of_caches():
+    model = tiny_model()
+    codec = random_codec(layers=2, name=fingerprint(model))
+    ids = np.random.default_rng(1).integers(2, 90, 404).tolist()
+    for bits, found in zip((1.0, 4.0), drift_limit.readings(model, codec, ids, (1.0, 4.0)), strict=True):
+        caches = make_prompt_cache(model, cache=CacheOptions(bits, codec=codec))
+        mx.eval(model(mx.array([ids]), cache=caches), [c.state for c in caches])
+        assert found == pytest.approx(max(c.drift.energy for c in caches), rel=1e-3)
+
+
+def test_what_drift_reads_is_told_from_the_worst_of_alike_and_the_least_of_unlike_texts():
+    readings = {name: [[1.0, 1.1], [0.9, 1.05]] for name in quality.DOMAINS}
+    readings |= {"held out": [[1.0, 1.2], [1.15, 0.8]], "drama": [[1.25, 1.0]], "French": [[1.6, 1.5]]}
+    made = {"model": "m", "limit": 1.3, "tokens": 1248, "bits": [1.0, 4.0], "readings": readings}
+    line = quality_tables.drift([made])
+    assert "at most 1.20 on m's calibration texts" in line
+    assert "at most 1.25 on the domains above (drama), and at least on French 1.50 (1,248 tokens, 1 to 4 bits)" in line
+    with pytest.raises(ValueError, match=r"held-out calibration text reads 1.2; expected less than 1.1, the limit"):
+        quality_tables.drift([made | {"limit": 1.1}])
+
+
 def test_predictions_are_held_against_domains_like_the_calibrations_and_bounds_against_all():
     made = result(spectral_2=0.002, bound_1=0.004, bound_2=0.001)
     assert quality_tables.predictions([made]).endswith("| m 64 decode | 2.00 (0.50) |")
     assert quality_tables.predictions([result(spectral_2=0.002)]).endswith("| m 64 decode | 2.00 |")
+
+
+def test_held_out_predictions_have_a_row_for_each_window_and_a_reason_for_the_exponent():
+    def cell(window, context, kl):
+        told = {"window": window, "bits": 2.0, "context": context}
+        return told | {"predicted": kl, "measured": 2.0, "standard_error": 0.1}
+
+    made = {"model": "m", "texts": 8, "spread": {"1": 0.3, "2": 0.2, "3": 0.4}}
+    made["rows"] = [cell(64, 512, 1.0), cell(128, 512, 3.0), cell(64, 1024, 2.0), cell(128, 1024, 4.0)]
+    lines = quality_tables.held_out(made).split("\n")
+    assert lines[4:6] == ["| window 64 | 0.50, 1.00 |", "| window 128 | 1.50, 2.00 |"]
+    assert "standard errors of the measured one are 5%" in lines[0]
+    with pytest.raises(ValueError, match=r"spreads are .*; expected the least with 2"):
+        quality_tables.held_out(made | {"spread": {"2": 0.3, "3": 0.2}})
+
+
+def test_spreads_are_of_the_ratios_that_other_exponents_would_give():
+    shipped = Codec.load(next((demo.model_folder().parent / "codecs").iterdir()))
+    kl = {(w, b): np.full((2, 1792), 0.001 * w / b) for w in prediction.WINDOWS for b in prediction.BITS}
+    rows = prediction.rows_of(shipped, kl)
+    logs = [math.log(r["predicted"] / r["measured"]) for r in rows]
+    assert prediction.spread(shipped, rows, 2.0) == pytest.approx(np.std(logs), rel=1e-3)
+    assert prediction.spread(shipped, rows, 1.0) != pytest.approx(np.std(logs), rel=1e-2)
 
 
 def test_rings_save_the_bits_that_codes_alone_need_for_the_same_kl():

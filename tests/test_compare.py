@@ -22,17 +22,19 @@ from vq_kvcache.cache import CacheOptions
 from vq_kvcache.drift import UNLIKE
 from vq_kvcache.report_page import SECTIONS, page
 from vq_kvcache.spectral.codec import Codec, fingerprint
+from vq_kvcache.spectral.sealing import scored_mass
 
 IDS = np.random.default_rng(5).integers(2, VOCABULARY, 700).tolist()
 PROMPT = IDS[:300]
 CONTEXTS = [256, 512, 768]
 REQUEST = compare.Request("words", IDS[:1], IDS[1:], "w1 w2", PROMPT, [1.0, 2.0], CONTEXTS, 699, 12)
+NATS = {"objective": "fisher", "sequences": 1, "text": "built-in", "sequence_length": 256, "window": 64, "sinks": 4}
 NAMES = [measuring.FULL, measuring.MLX, "spectral 1", "spectral 2"]
 
 
 @pytest.fixture(scope="module")
 def nats(codec):
-    return Codec(codec.fingerprint, codec.layers, {"objective": "fisher", "sequences": 1, "text": "built-in"})
+    return Codec(codec.fingerprint, codec.layers, NATS)
 
 
 @pytest.fixture(scope="module")
@@ -77,8 +79,8 @@ def test_quality_is_that_of_its_definition(name, report, model, nats):
         assert row["kl"] > 1e-3
     drifts = [cache.drift for cache in caches if row["kind"] == "spectral"]
     assert (row["drift"] is None) == (drifts == [])
-    for field in ("overload", "dropped") if drifts else ():
-        assert row["drift"][field] == pytest.approx(max(getattr(d, field) for d in drifts), rel=1e-3)
+    if drifts:
+        assert row["drift"]["energy"] == pytest.approx(max(d.energy for d in drifts), rel=1e-3)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -207,7 +209,9 @@ def test_bits_and_spectra_are_the_codecs(report, nats):
         heads = nats.layers[row["layer"]][row["part"] == "values"].eigenvalues.astype(np.float64)
         assert row["eigenvalues"] == pytest.approx(heads.mean(axis=0), rel=1e-3)
         assert row["effective_dims"] == pytest.approx((heads.sum(1) ** 2 / (heads**2).sum(1)).mean(), rel=1e-4)
-    assert report["predicted_kl"] == {"1": nats.predicted_kl(1.0), "2": nats.predicted_kl(2.0)}
+    mass = scored_mass([0, *range(256, 700, 16), 700], 128, 4)
+    assert report["far_mass"] == mass
+    assert report["predicted_kl"] == {"1": nats.kl_of_mass(1.0, mass), "2": nats.kl_of_mass(2.0, mass)}
 
 
 @given(st.integers(compare.LEAST_TEXT, 9000), st.integers(compare.LEAST_TEXT, 1024))

@@ -118,7 +118,7 @@ def test_the_largest_budget_for_the_models_own_limit(shipped):
     room = Room(shipped[0], 128, 4)
     assert found.nbytes == room.nbytes(shipped[1].plan(found.bits), 4096) <= 2_500_000
     assert room.nbytes(shipped[1].plan(found.bits + 1 / 16), 4096) > 2_500_000
-    assert found.predicted_kl == shipped[1].predicted_kl(found.bits)
+    assert found.predicted_kl == shipped[1].predicted_kl(found.bits, 4096, 128)
     assert fit(*shipped, CacheOptions(memory="1GB")).bits == 8.0
 
 
@@ -139,8 +139,19 @@ def test_a_closeness_and_a_memory_give_the_tokens(shipped):
     assert found.bits == shipped[1].bits_for(0.001)
     assert 500 < found.tokens < 4096
     assert fit(*shipped, CacheOptions(memory="1GB", max_kl=0.001)).tokens == 4096
+    assert found.predicted_kl == shipped[1].predicted_kl(found.bits, found.tokens, 128) <= 0.001
+
+
+@pytest.mark.parametrize("split", [False, True])
+def test_a_closeness_is_that_at_the_end_of_the_context_behind_the_window(shipped, split):
+    def bits(**options):
+        return settled(*shipped, CacheOptions(max_kl=0.001, **options), split).bits_per_value
+
+    assert bits() == shipped[1].bits_for(0.001, 4096, 128)  # the model's own limit
+    assert bits(context=400) == shipped[1].bits_for(0.001, 400, 128) < bits() < bits(context=4096, window=32)
     alone = fit(*shipped, CacheOptions(max_kl=0.001, context=9000))
-    assert (alone.bits, alone.tokens) == (found.bits, 9000)
+    assert (alone.bits, alone.tokens) == (shipped[1].bits_for(0.001, 9000, 128), 9000)
+    assert alone.predicted_kl == shipped[1].predicted_kl(alone.bits, 9000, 128)
 
 
 def test_without_a_limit_as_many_tokens_as_the_default_budget_leaves(shipped, monkeypatch):

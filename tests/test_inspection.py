@@ -43,7 +43,8 @@ def test_a_model_says_what_is_packed_and_why_not(kind, tmp_path):
 
 
 def test_a_model_with_its_codec_has_bytes_and_kl(model_folder, codec):
-    nats = Codec(codec.fingerprint, codec.layers, {"objective": "fisher"})
+    told = {"objective": "fisher", "sequence_length": 256, "window": 64, "sinks": 4, "context": 300}
+    nats = Codec(codec.fingerprint, codec.layers, told)
     del nats.layers[1]
     nats.save(stored_path(nats.fingerprint))
     report = inspect(str(model_folder))
@@ -56,7 +57,8 @@ def test_a_model_with_its_codec_has_bytes_and_kl(model_folder, codec):
     assert report["bytes_per_token"] == {
         "full precision": 2 * one, **{f"{b} bits": one + 2 * 64 * b // 8 for b in (1, 2, 3, 4)}
     }  # fmt: skip
-    assert report["predicted_kl"] == {f"{b} bits": nats.predicted_kl(float(b)) for b in (1, 2, 3, 4)}
+    assert report["predicted_kl"] == {f"{b} bits": nats.predicted_kl(float(b), 300) for b in (1, 2, 3, 4)}
+    assert report["predicted_kl_tokens"] == 300
 
 
 def test_positions_beside_latents_count_in_full(tmp_path):
@@ -146,7 +148,7 @@ def test_calibrate_makes_the_codec_that_the_cache_finds(model_folder, tmp_path, 
     report = inspect(str(model_folder))
     assert report["codec"] is not None
     assert f"codec {report['codec']} of model {report['fingerprint']}, 2 layers" in first
-    assert "predicted KL, nats:" in first
+    assert "predicted KL, nats, of the newest of 4,096 tokens:" in first
     assert cli.main([*line, "--output", str(tmp_path / "codec.safetensors")]) == 0
     assert inspect(str(tmp_path / "codec.safetensors"))["identity"] == report["codec"]
     assert inspect(str(tmp_path / "codec.safetensors"))["provenance"]["text"] == "user"

@@ -7,7 +7,7 @@ import pytest
 from conftest import like_calibrated, pair, random_codec
 from mlx_lm.models.cache import KVCache
 
-from vq_kvcache import attention
+from vq_kvcache import attention, doctor
 from vq_kvcache.cache import SpectralKVCache
 from vq_kvcache.spectral import intercept
 
@@ -57,7 +57,7 @@ def test_codec_bytes_are_what_a_plan_takes(exact_buffers):
     told = sum(SpectralKVCache(plan, i).stats()["codec_bytes"] for i in range(6))
     # Transforms are float32: per layer, K or V, and head a mean of 64, and two matrices of 64 by the stored dimensions.
     stored = sum(q.layout.stored for layer in plan.layers.values() for q in (layer.keys, layer.values))
-    # The drift monitor's: eight dropped dimensions' columns of 64, and the outermost level of each stored dimension.
+    # The drift monitor's: eight dropped dimensions' columns of 64, and a weight of each stored dimension.
     watched = 4 * 2 * (6 * 2 * 64 * 8 + stored)
     transforms = 4 * 2 * (6 * 2 * 64 + 2 * 64 * stored)
     assert 0 < told - transforms - watched < 0.05 * told  # the rest: the layout's index tables
@@ -90,6 +90,26 @@ def test_decoding_never_holds_more_than_one_tile(plan_of_six_layers):
             mx.eval(x, [c.state for c in caches])
             highest = max(highest, mx.get_peak_memory() - before)
     assert highest <= attention.TILE_BYTES + windows
+
+
+@pytest.mark.parametrize("cores", [1, 2])
+def test_a_large_layer_is_decoded_within_the_bytes_of_its_tiles(monkeypatch, exact_buffers, cores):
+    """A quarter of 24 MB, wherever the heads are computed."""
+    monkeypatch.setattr(attention, "CORES", cores)
+    held = doctor.snapshot(doctor.Case(128, 128, heads=4, tokens=6000))
+    queries = mx.random.normal((1, 16, 1, 128))
+    allowed = attention._tile_bytes(held)
+    assert 5 << 20 < allowed < 7 << 20
+    mx.eval(queries, held.exact_keys, held.exact_values, [words for words, _ in held.packed])
+    highest = 0
+    for _ in range(5):
+        before = active_bytes()
+        mx.reset_peak_memory()
+        result = attention.attend_ops(held, queries, 0.1)
+        mx.eval(result)
+        del result
+        highest = max(highest, mx.get_peak_memory() - before)
+    assert highest <= allowed
 
 
 @pytest.mark.parametrize("count", [0, 3, 100, 500])

@@ -70,3 +70,15 @@ def test_the_parts_that_judge_are_spread_over_the_model(monkeypatch):
     parts = [layer(4, 2, np.ones(DIMS), np.ones(DIMS), seed) for seed in range(20)]
     choose(parts, 4)
     assert [parts.index(p) for p in judges[0]] == [0, 3, 6, 9, 12, 15, 18]
+
+
+def test_the_cheapest_strengths_are_taken_and_none_is_tried_twice(monkeypatch):
+    tried = []
+
+    def cost(parts, strength, sequences):
+        tried.append(strength)
+        return abs(strength.metric - 1.0) + abs(strength.covariance - 0.3)
+
+    monkeypatch.setattr(shrinkage, "_held_out_cost", cost)
+    assert choose([layer(4, 2, np.ones(DIMS), np.ones(DIMS))], 4) == Shrinkage(0.3, 1.0)
+    assert len(tried) == len(set(tried)) == 2 * len(shrinkage.STRENGTHS) - 1

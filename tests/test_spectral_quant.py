@@ -248,6 +248,14 @@ def test_folded_queries_and_unfolded_outputs_give_what_decoded_vectors_give():
     assert mx.allclose(folded @ levels + constant, queries @ vectors.swapaxes(-1, -2), rtol=1e-5, atol=1e-4).item()
     outputs = quantizer.unfold_outputs(weights @ levels.swapaxes(-1, -2), weights.sum(axis=-1, keepdims=True))
     assert mx.allclose(outputs, weights @ vectors, rtol=1e-5, atol=1e-4).item()
+    for head in range(4):
+        own = quantizer.decode_head(words, head)
+        scores = quantizer.sorted_queries(folded, head) @ own
+        assert mx.allclose(scores, (folded @ levels)[:, head], rtol=1e-5, atol=1e-4).item()
+        sums = quantizer.stored_outputs(weights[:, head] @ own.swapaxes(-1, -2), head)
+        expected = (weights @ levels.swapaxes(-1, -2))[:, head]
+        assert sums.shape == expected.shape
+        assert mx.allclose(sums, expected, rtol=1e-5, atol=1e-4).item()
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
@@ -258,9 +266,11 @@ def test_decoded_words_have_the_dtype_asked_for(dtype):
 
 
 def arrays_of(thing):
-    """Every MLX array among the attributes of an object, of their attributes, and so on."""
+    """Every MLX array among the attributes or items of an object, among theirs, and so on."""
     if isinstance(thing, mx.array):
         return [thing]
+    if isinstance(thing, list | tuple):
+        return [a for item in thing for a in arrays_of(item)]
     return [a for value in getattr(thing, "__dict__", {}).values() for a in arrays_of(value)]
 
 
@@ -367,6 +377,10 @@ def test_raw_levels_are_the_numbers_and_its_folding_changes_nothing():
     assert constant.shape == (1, 2, 3, 1)
     assert (constant == 0).all().item()
     assert (raw.unfold_outputs(queries, constant + 1) == queries).all().item()
+    for head in range(2):
+        assert (raw.decode_head(raw.encode_words(x), head) == levels[:, head]).all().item()
+        assert (raw.sorted_queries(queries, head) == queries[:, head]).all().item()
+        assert (raw.stored_outputs(queries[:, head], head) == queries[:, head]).all().item()
 
 
 def test_raw_words_decode_to_another_dtype_when_asked():

@@ -8,7 +8,7 @@ from mlx_lm.generate import stream_generate
 import vq_kvcache
 from vq_kvcache import SpectralKVCache
 from vq_kvcache.cache import SpectralKVCache as Cache
-from vq_kvcache.storage import LAG
+from vq_kvcache.spectral.sealing import LAG
 
 TOKENS = 120
 # One guesses what the model itself would write, the other is always wrong.

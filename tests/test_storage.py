@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 
 from vq_kvcache.chunks import MAX_CHUNKS, SMALLEST_CHUNK, fill_pages
 from vq_kvcache.rows import rows_of
+from vq_kvcache.spectral.sealing import BLOCK, LAG, tokens_to_seal
 from vq_kvcache.spectral.spectral_quant import RawQuantizer
-from vq_kvcache.storage import BLOCK, LAG, Storage, tokens_to_seal
+from vq_kvcache.storage import Storage
 
 DTYPES = {"float16": mx.float16, "bfloat16": mx.bfloat16, "float32": mx.float32}
 

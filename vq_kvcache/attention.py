@@ -5,7 +5,9 @@ merge: online softmax (Milakov & Gimelshein, arXiv 1805.02867), as in FlashAtten
 """
 
 import contextlib
+import functools
 import itertools
+import os
 from collections.abc import Callable
 from typing import Literal
 
@@ -20,14 +22,24 @@ from .trust import trusted
 
 Mask = mx.array | Literal["causal"] | None
 Part = Literal["sinks", "packed", "window"]
+Stream = mx.Stream | mx.ThreadLocalStream
+Product = Callable[[mx.array, mx.array], mx.array]
 Run = Callable[[kernels.Launch, str], list[mx.array]]
 
-# Temporaries beyond a few MB leave the cache of a CPU, and beyond 32 MB cost it page faults (7-13 times slower).
-TILE_BYTES = 4 << 20
+# Of all temporaries together: beyond a few MB they leave the cache of a CPU, beyond 32 MB MLX keeps their buffers no
+# longer and they cost page faults (7-13 times slower). Smaller tiles cost launches, so a large layer takes more.
+TILE_BYTES, LARGE_TILE_BYTES = 4 << 20, 12 << 20
+TILE_SHARE = 4  # the part of a layer, decoded, that may be held at once where that is more than TILE_BYTES
 GPU_TILE_BYTES = 128 << 20  # there, launches cost more
-COPIES = 12  # of a tile's levels that unpacking holds at once: MLX keeps up to ten operations in flight
+# Those that this process may use, where the system tells.
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+MOST_STREAMS = 8
+COPIES = 12  # of a tile's levels that are held at once: MLX keeps a hundred operations in flight,
+COPIES_OF_A_STREAM = 8  # and every stream works on some
 DECODED_BYTES = 512 << 20  # of one layer's keys and values, for the time of a prompt chunk's attention
 WAITING_BYTES = 8 << 20  # of a decoding that is worth waiting for
+FEW_ROWS = 16  # for which `_weighted` multiplies by itself
+LANES = 16
 LOWEST = -1e30  # stands for minus infinity: finite, so that rows without any visible key stay free of NaN
 
 
@@ -151,27 +163,54 @@ Running = tuple[mx.array, mx.array, mx.array]
 
 def _packed_part(snapshot: Snapshot, q: mx.array, visible: "_Visible") -> Running:
     folded, constant = snapshot.key_quantizer.fold_queries(q)
-    running: Running | None = None
-    tokens = snapshot.packed_tokens
-    tile = _tile_tokens(snapshot, q.shape[0] * q.shape[1] * q.shape[2])
-    for start in range(0, tokens, tile):
-        end = min(start + tile, tokens)
+    streams, before, results = _streams()[: q.shape[1]], [folded], []
+    for first in range(0, q.shape[1], len(streams)):
+        heads = range(first, min(first + len(streams), q.shape[1]))
+        own = [(snapshot.key_quantizer.sorted_queries(folded, h), constant[:, h]) for h in heads]
+        results += _packed_heads(snapshot, heads, own, visible, before, streams)
+        before = [output for _, _, output in results[first:]]
+    outputs = [snapshot.value_quantizer.stored_outputs(r[2], h) for h, r in enumerate(results)]
+    top, total = (mx.stack([r[i] for r in results], axis=1) for i in range(2))
+    return top, total, snapshot.value_quantizer.unfold_outputs(mx.stack(outputs, axis=1), total)
+
+
+def _packed_heads(
+    snapshot: Snapshot,
+    heads: range,
+    queries: list[tuple[mx.array, mx.array]],
+    visible: "_Visible",
+    before: list[mx.array],
+    streams: list[Stream],
+) -> list[Running]:
+    """Each head's queries [B, R, n] over the packed tokens, a head on each stream, after what is to be done `before`.
+
+    MLX evaluates side by side what does not depend on each other, all tiles of all layers at once, but begins nothing
+    while a hundred operations wait. So a step of every head waits for the last step of all, and for nothing more.
+    """
+    running: list[Running | None] = [None] * len(heads)
+    tile = _tile_tokens(snapshot, queries[0][0], len(streams))
+    for start in range(0, snapshot.packed_tokens, tile):
+        end = min(start + tile, snapshot.packed_tokens)
         key_words, value_words = snapshot.words(start, end)
-        # MLX evaluates side by side what does not depend on each other: without this, all tiles of all layers at once.
-        key_words = mx.depends([key_words], [folded if running is None else running[2]])[0]
-        scores = folded @ snapshot.key_quantizer.decode_levels(key_words) + constant
-        scores = visible.hide(scores, "packed", start, end)
-        levels = snapshot.value_quantizer.decode_levels(mx.depends([value_words], [scores])[0])
-        running = _attend_tile(running, scores, levels.swapaxes(-1, -2))
-    assert running is not None  # attend() is called with something packed
-    top, total, output = running
-    return top, total, snapshot.value_quantizer.unfold_outputs(output, total)
+        key_words = mx.depends([key_words], before)[0]
+        scores: list[mx.array] = []
+        for head, (query, constant), stream in zip(heads, queries, streams, strict=False):
+            with mx.stream(stream):
+                product = query @ snapshot.key_quantizer.decode_head(key_words, head) + constant
+                scores.append(visible.hide(product, "packed", start, end, head))
+        value_words = mx.depends([value_words], scores)[0]
+        for i, (head, stream) in enumerate(zip(heads, streams, strict=False)):
+            with mx.stream(stream):
+                levels = snapshot.value_quantizer.decode_head(value_words, head)
+                running[i] = _attend_tile(running[i], scores[i], levels.swapaxes(-1, -2), _weighted)
+        before = [r[2] for r in running if r is not None]
+    return [r for r in running if r is not None]
 
 
 def _exact_part(snapshot: Snapshot, q: mx.array, visible: "_Visible", running: Running) -> Running:
     layout = snapshot.layout
     sinks, start, end = max(layout.held_sinks), min(layout.window_start), layout.window_end
-    tile = max(_tile_bytes() // 4 // max(q.shape[0] * q.shape[1] * q.shape[2], 1), 64)
+    tile = max(TILE_BYTES // 4 // max(q.shape[0] * q.shape[1] * q.shape[2], 1), 64)
     # Sinks and window are apart in the sequence, so a tile never spans both.
     tiles: list[tuple[Part, int, int]] = [("sinks", 0, sinks)] if sinks else []
     tiles += [("window", a, b) for a, b in itertools.pairwise([*range(start, end, tile), end])]
@@ -183,24 +222,55 @@ def _exact_part(snapshot: Snapshot, q: mx.array, visible: "_Visible", running: R
     return running
 
 
-def _tile_bytes() -> int:
-    return GPU_TILE_BYTES if mx.default_device() == mx.gpu else TILE_BYTES
+def _streams() -> list[Stream]:
+    """Where heads are computed: side by side on a CPU, whose streams keep one core busy each."""
+    here = mx.default_stream(mx.default_device())
+    return [here] if mx.default_device() == mx.gpu else [here, *_more_streams()[: CORES - 1]]
 
 
-def _tile_tokens(snapshot: Snapshot, score_rows: int) -> int:
-    """Tokens whose unpacking, and whose scores, stay within TILE_BYTES; a multiple of 64, at least 64."""
-    per_token = snapshot.exact_keys.shape[0] * snapshot.exact_keys.shape[1] * max(
-        snapshot.exact_keys.shape[3], snapshot.exact_values.shape[3]
-    )  # fmt: skip
-    return int(max(_tile_bytes() // (4 * max(COPIES * per_token, score_rows)) // 64 * 64, 64))
+@functools.cache
+def _more_streams() -> list[mx.ThreadLocalStream]:
+    return [mx.new_thread_local_stream(mx.cpu) for _ in range(MOST_STREAMS - 1)]
 
 
-def _attend_tile(running: Running | None, scores: mx.array, values: mx.array) -> Running:
+def _tile_bytes(snapshot: Snapshot) -> int:
+    if mx.default_device() == mx.gpu:
+        return GPU_TILE_BYTES
+    batch, heads, _, dims = snapshot.exact_keys.shape
+    decoded = 4 * batch * heads * snapshot.packed_tokens * (dims + snapshot.exact_values.shape[3])
+    return min(max(decoded // TILE_SHARE, TILE_BYTES), LARGE_TILE_BYTES)
+
+
+def _tile_tokens(snapshot: Snapshot, queries: mx.array, streams: int) -> int:
+    """Tokens of a head whose unpacking, and whose scores, stay within _tile_bytes on all streams together; a multiple
+    of 64, at least 64."""
+    batch, rows, _ = queries.shape
+    dims = max(snapshot.exact_keys.shape[3], snapshot.exact_values.shape[3])
+    copies = max(COPIES, COPIES_OF_A_STREAM * streams)
+    per_token = 4 * batch * max(copies * dims, streams * rows)
+    return int(max(_tile_bytes(snapshot) // per_token // 64 * 64, 64))
+
+
+def _attend_tile(running: Running | None, scores: mx.array, values: mx.array, product: Product = mx.matmul) -> Running:
     """Merge scores [B, H, R, t] and values [B, H, t, N] into (maximum, sum of weights, sum of weighted values)."""
     top = mx.maximum(scores.max(axis=-1, keepdims=True), LOWEST)
     weights = mx.exp(scores - top)
-    total, output = weights.sum(axis=-1, keepdims=True), weights @ values
+    total, output = weights.sum(axis=-1, keepdims=True), product(weights, values)
     return (top, total, output) if running is None else _merge(running, top, total, output)
+
+
+def _weighted(weights: mx.array, values: mx.array) -> mx.array:
+    """weights [B, R, t] @ values [B, t, N] of which a column's t numbers lie side by side.
+
+    The matrix product of MLX's CPU build then adds number by number; for few rows, adding runs of numbers takes half
+    as long.
+    """
+    rows, tokens = weights.shape[1:]
+    if rows > FEW_ROWS or tokens % LANES or mx.default_device() == mx.gpu:
+        return weights @ values
+    columns = mx.unflatten(values.swapaxes(-1, -2), -1, (LANES, -1))
+    of_row = mx.split(mx.unflatten(weights, -1, (LANES, -1)), rows, axis=1)
+    return mx.stack([(columns * w).sum(axis=-2) for w in of_row], axis=1).sum(axis=-1)
 
 
 def _merge(running: Running, top: mx.array, total: mx.array, output: mx.array | None) -> Running:
@@ -234,15 +304,19 @@ class _Visible:
             shape = (wide.shape[0], heads, self._group) if wide.shape[1] == query_heads else (wide.shape[0], 1, 1)
             self._mask = wide.reshape(*shape, *wide.shape[2:])
 
-    def hide(self, scores: mx.array, part: Part, start: int, end: int) -> mx.array:
-        """Scores [B, H, G * L, end - start] of columns start..end with those that are not visible lowered."""
+    def hide(self, scores: mx.array, part: Part, start: int, end: int, head: int | None = None) -> mx.array:
+        """Scores [B, H, G * L, end - start] of columns start..end with those that are not visible lowered; of one head,
+        [B, G * L, end - start]."""
         if self._layout.alike:
             mask = self._of_positions(start + self._shift(part), end + self._shift(part))
         else:
             mask = self._of_columns(part, start, end)
         if mask is None:
             return scores
-        grouped = scores.reshape(scores.shape[0], self._heads, self._group, self._length, end - start)
+        heads = self._heads if head is None else 1
+        if head is not None and mask.ndim == 5 and mask.shape[1] > 1:
+            mask = mask[:, head : head + 1]
+        grouped = scores.reshape(scores.shape[0], heads, self._group, self._length, end - start)
         if mask.dtype == mx.bool_:
             grouped = mx.where(mask, grouped, LOWEST)
         else:

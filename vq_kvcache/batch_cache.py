@@ -20,7 +20,8 @@ from .chunks import Chunk, Chunks
 from .drift import warn_once
 from .spectral.codec import Plan
 from .spectral.intercept import Handle
-from .storage import BLOCK, LAG, Snapshot
+from .spectral.sealing import BLOCK, LAG
+from .storage import Snapshot
 
 Counts = tuple[int, ...]
 MOST_PADDING = 1 << 16  # columns that a file may have beyond its longest row: some row has little padding

@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 from .chunks import MAX_CHUNKS, Chunk, Chunks, fill_pages, words_between, written
 from .drift import DriftSums
 from .rows import Rows, rows_of
+from .spectral.sealing import BLOCK, LAG, tokens_to_seal
 from .spectral.spectral_quant import Quantizer
-from .storage import BLOCK, LAG, Snapshot, Storage, holds_vectors, tokens_to_seal
+from .storage import Snapshot, Storage, holds_vectors
 from .trust import encode_words
 
 Counts = tuple[int, ...]

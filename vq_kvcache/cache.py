@@ -19,8 +19,9 @@ from .shards import Share
 from .spectral.codec import Bits, Codec, CodecError, Plan, budget_of, find_codec
 from .spectral.files import parse_json
 from .spectral.intercept import Handle, is_pair
+from .spectral.sealing import BLOCK, LAG
 from .spectral.spectral_quant import Quantizer, RawQuantizer
-from .storage import BLOCK, LAG, Snapshot, Storage
+from .storage import Snapshot, Storage
 
 LOSSLESS = Plan("lossless", "", {})
 # mlx-lm before 0.32 saves the arrays of a state only, and has `meta_state`; later ones save scalars and strings too.

@@ -4,7 +4,7 @@ import argparse
 import pathlib
 import sys
 
-from .inspection import loaded, predicted
+from .inspection import loaded, predicted, told
 from .spectral.calibrate import calibrate_codec
 from .spectral.codec import stored_path
 from .spectral.files import require_writable
@@ -31,6 +31,6 @@ def main(argv: list[str]) -> int:
         print(f"vq_kvcache calibrate: {error}", file=sys.stderr)
         return 1
     print(f"{path}: codec {codec.identity} of model {codec.fingerprint}, {len(codec.layers)} layers")
-    if (costs := predicted(codec)) is not None:
-        print("predicted KL, nats: " + ", ".join(f"{kl:.2g} ({bits})" for bits, kl in costs.items()))
+    if codec.in_nats:
+        print(told(predicted(codec)))
     return 0

@@ -94,7 +94,7 @@ def compare(name: str, model: Any, tokenizer: Any, codec: Codec, request: Reques
         "bytes_per_number": methods[0].bits / 8, "quality_in_float32": not on_gpu, "missing": missing,
         "group_size": next((m.group_size for m in methods if m.group_size), None),
         "contexts": request.contexts, "methods": rows, "spectra": measuring.spectra(codec),
-        "predicted_kl": {f"{b:g}": codec.predicted_kl(b) for b in request.bits} if codec.in_nats else {},
+        **measuring.predicted(codec, request.bits, len(request.opening) + _scored(request)[1]),
         "widths": {f"{b:g}": measuring.widths(codec, b) for b in request.bits},
     }  # fmt: skip
 
@@ -115,8 +115,13 @@ def _bytes_and_speed(
         return {(name, context): row for name, context, row in rows}, reading
 
 
+def _scored(request: Request) -> tuple[int, int]:
+    """(texts that are scored, tokens of each), their openings not counted."""
+    return _sequences(min(request.tokens, len(request.ids)), request.sequence)
+
+
 def _quality(model: Any, methods: Sequence[Method], request: Request) -> list[Row]:
-    count, length = _sequences(min(request.tokens, len(request.ids)), request.sequence)
+    count, length = _scored(request)
     texts = mx.array([[*request.opening, *request.ids[i * length : (i + 1) * length]] for i in range(count)])
     with bar(total=texts.shape[1] * len(methods), desc="next tokens", unit="token") as progress:
         found, caches = measuring.scores(model, methods, texts, progress.update)

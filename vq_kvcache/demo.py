@@ -19,7 +19,7 @@ from .cache import SpectralKVCache
 from .hooks import generate, load, make_prompt_cache
 from .options import CacheOptions
 from .spectral.files import require_writable
-from .storage import LAG
+from .spectral.sealing import LAG
 
 PROMPT_TOKENS = 2000
 JUDGED_TOKENS = 128

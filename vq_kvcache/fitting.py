@@ -12,7 +12,7 @@ from .cache import ARRAYS_ONLY
 from .options import DEFAULT_BITS, CacheOptions
 from .spectral.calibration_text import longest_sequence
 from .spectral.codebook import MAX_BITS
-from .spectral.codec import Codec, Plan
+from .spectral.codec import CONTEXT, Codec, Plan
 from .spectral.intercept import members_of, plain_caches, read_by_state
 from .storage import most_bytes
 
@@ -27,7 +27,8 @@ logger = logging.getLogger("vq_kvcache")
 @dataclasses.dataclass(frozen=True)
 class Fit:
     """bits: the budget.  tokens: of the longest sequence.  nbytes: the most that its caches, those of the model that
-    are not packed included, and the codec take.  predicted_kl: `Codec.predicted_kl(bits)`; None if it has no unit.
+    are not packed included, and the codec take.  predicted_kl: of its newest token (`Codec.predicted_kl`); None if it
+    has no unit.
     """
 
     bits: float
@@ -58,7 +59,7 @@ class Room:
     """What the caches of one sequence take: from one token that is traced through the model's own, nothing computed."""
 
     def __init__(self, model: Any, window: int, sinks: int) -> None:
-        self._window, self._sinks = window, sinks
+        self.window, self._sinks = window, sinks
         caches = plain_caches(model)
         model(mx.array([[0]]), cache=caches)
         self._caches = [member for cache in caches for member in members_of(cache)]
@@ -79,7 +80,7 @@ class Room:
             raw = x.shape[1] * -(-x.shape[3] * x.dtype.size // 4)
             words += raw if quantizer is None else quantizer.words
         dims = keys.shape[3], values.shape[3]
-        return most_bytes(tokens, self._window, self._sinks, keys.shape[1], dims, keys.dtype.size, words)
+        return most_bytes(tokens, self.window, self._sinks, keys.shape[1], dims, keys.dtype.size, words)
 
     def tokens(self, plan: Plan, nbytes: int, most: int) -> int:
         """The longest sequence of at most `most` tokens that `nbytes` hold; 0 for none."""
@@ -120,7 +121,8 @@ def settled(model: Any, codec: Codec, options: CacheOptions, split: bool = False
             "bytes; expected a budget; use bits_per_value (--kv-avg-bits)."
         )
     if split and options.max_kl is not None:
-        return dataclasses.replace(options, bits_per_value=codec.bits_for(options.max_kl), max_kl=None)
+        bits = codec.bits_for(options.max_kl, options.context or longest_sequence(model) or CONTEXT, options.window)
+        return dataclasses.replace(options, bits_per_value=bits, max_kl=None)
     asked = options.window, options.sinks, options.max_kl, options.memory, options.context
     found = _known.setdefault(codec, {}).get(asked)
     if found is None:
@@ -142,9 +144,11 @@ def fit(model: Any, codec: Codec, options: CacheOptions) -> Fit:
     if memory is None:
         if options.max_kl is None:
             raise ValueError('neither memory nor max_kl was given; expected one of them; set memory="2GB", for one.')
-        return _fit(room, codec, codec.bits_for(options.max_kl), limit or 1)
+        tokens = limit or CONTEXT
+        return _fit(room, codec, codec.bits_for(options.max_kl, tokens, options.window), tokens)
     if options.max_kl is not None:
-        return _longest(room, codec, codec.bits_for(options.max_kl), memory, limit, options.context)
+        bits = codec.bits_for(options.max_kl, limit or CONTEXT, options.window)
+        return _longest(room, codec, bits, memory, limit, options.context)
     if limit is None:
         return _longest(room, codec, DEFAULT_BITS, memory, None, None)
     bits = _largest_budget(room, codec, memory, limit)
@@ -154,7 +158,7 @@ def fit(model: Any, codec: Codec, options: CacheOptions) -> Fit:
 
 
 def _fit(room: Room, codec: Codec, bits: float, tokens: int) -> Fit:
-    kl = codec.predicted_kl(bits) if codec.in_nats else None
+    kl = codec.predicted_kl(bits, tokens, room.window) if codec.in_nats else None
     return Fit(bits, tokens, room.nbytes(codec.plan(bits), tokens), kl)
 
 

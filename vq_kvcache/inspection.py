@@ -16,7 +16,8 @@ from mlx_lm.utils import load
 from .fitting import fit
 from .options import CacheOptions
 from .prompt_files import read_prompt_file
-from .spectral.codec import FORMAT, Codec, CodecError, find_codec, fingerprint_of_files
+from .spectral.calibration_text import longest_sequence
+from .spectral.codec import CONTEXT, FORMAT, Codec, CodecError, find_codec, fingerprint_of_files
 from .spectral.files import parse_json
 from .spectral.intercept import Use, members_of, plain_caches, read_by_state, uses
 
@@ -81,7 +82,8 @@ def inspect_model(path_or_hf_repo: str, asked: CacheOptions | None = None) -> Re
         "bytes_per_token": {"full precision": sum(r.get("bytes_per_token", 0) for r in rows)},
     }  # fmt: skip
     if codec is not None:
-        report["predicted_kl"] = predicted(codec)
+        window = None if asked is None else asked.window
+        report |= predicted(codec, (asked and asked.context) or longest_sequence(model), window)
         report["bytes_per_token"] |= {f"{b:g} bits": _packed_bytes(codec, used, b, itemsize) for b in BITS}
     if asked is not None:
         if codec is None:
@@ -125,9 +127,18 @@ def _packed_bytes(codec: Codec, used: dict[int, Use], bits: float, itemsize: int
     return total
 
 
-def predicted(codec: Codec) -> dict[str, float] | None:
-    """Predicted KL in nats by budget; None for a codec whose costs are not in nats."""
-    return {f"{b:g} bits": codec.predicted_kl(b) for b in BITS} if codec.in_nats else None
+def predicted(codec: Codec, context: int | None = None, window: int | None = None) -> Report:
+    """Predicted KL in nats by budget, of the newest of `context` tokens (None: of the context that the codec was made
+    for), and that context; None for a codec whose costs are not in nats."""
+    tokens = context or int(codec.provenance.get("context", 0)) or CONTEXT
+    kl = {f"{b:g} bits": codec.predicted_kl(b, tokens, window) for b in BITS} if codec.in_nats else None
+    return {"predicted_kl": kl, "predicted_kl_tokens": tokens}
+
+
+def told(report: Report) -> str:
+    """What was predicted, as one line."""
+    shown = ", ".join(f"{kl:.2g} ({bits})" for bits, kl in report["predicted_kl"].items())
+    return f"predicted KL, nats, of the newest of {report['predicted_kl_tokens']:,} tokens: {shown}"
 
 
 def inspect_codec(path: pathlib.Path) -> Report:
@@ -144,8 +155,8 @@ def inspect_codec(path: pathlib.Path) -> Report:
         rows.append(row)
     return {
         "kind": "codec", "file": str(path), "bytes": path.stat().st_size, "identity": codec.identity,
-        "fingerprint": codec.fingerprint, "provenance": codec.provenance, "predicted_kl": predicted(codec),
-        "layers": rows,
+        "fingerprint": codec.fingerprint, "provenance": codec.provenance, "layers": rows,
+        **predicted(codec),
     }  # fmt: skip
 
 
@@ -217,7 +228,7 @@ def _metadata(path: pathlib.Path) -> dict[str, str]:
 
 def table(report: Report) -> str:
     """The report as text: what it is, a row per cache, and what each budget costs."""
-    skipped = ("layers", "predicted_kl", "bytes_per_token", "fit")
+    skipped = ("layers", "predicted_kl", "predicted_kl_tokens", "bytes_per_token", "fit")
     lines = [f"{name}: {value}" for name, value in report.items() if name not in skipped]
     columns = list(dict.fromkeys(name for row in report["layers"] for name in row))
     cells = [columns, *([_shown(row.get(c)) for c in columns] for row in report["layers"])]
@@ -227,7 +238,7 @@ def table(report: Report) -> str:
         shown = ", ".join(f"{v:,} ({k})" for k, v in report["bytes_per_token"].items())
         lines.append(f"bytes per packed token: {shown}")
     if report.get("predicted_kl"):
-        lines.append("predicted KL, nats: " + ", ".join(f"{v:.2g} ({k})" for k, v in report["predicted_kl"].items()))
+        lines.append(told(report))
     if "fit" in report:
         lines.append(report["fit"]["line"])
     if report["kind"] == "model" and report["codec"] is None:

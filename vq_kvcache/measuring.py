@@ -22,7 +22,7 @@ from .options import CacheOptions
 from .spectral.codec import Codec, Plan
 from .spectral.intercept import members_of, replace_kv, require_layers, uses
 from .spectral.participation_ratio import compute_participation_ratio
-from .storage import LAG
+from .spectral.sealing import LAG, scored_mass
 
 PREFILL = 256  # tokens of a text that are read in one piece, and not scored
 READ_AT_ONCE = 256  # tokens, as mlx-lm's cache grows
@@ -150,8 +150,7 @@ def scores(
     """
     held = {method.name: method.make() for method in compared}
     rows: dict[str, list[list[Any]]] = {method.name: [] for method in compared}
-    edges = [0, *range(PREFILL, ids.shape[1], LAG), ids.shape[1]]
-    for start, end in itertools.pairwise(edges):
+    for start, end in itertools.pairwise(edges_of(ids.shape[1])):
         chunk, following = ids[:, start:end], ids[:, start + 1 : end + 1]
         expected = None
         for method in compared:
@@ -161,6 +160,20 @@ def scores(
                 rows[method.name].append([np.array(a) for a in judged(expected, found, following)])
             progress(end - start)
     return {name: joined(parts) for name, parts in rows.items()}, held
+
+
+def edges_of(tokens: int) -> list[int]:
+    """Where the pieces begin and end in which `scores` reads a text of so many tokens."""
+    return [0, *range(PREFILL, tokens, LAG), tokens]
+
+
+def predicted(codec: Codec, bits: Sequence[float], tokens: int) -> Row:
+    """Mean KL that the codec predicts for the positions that `scores` scores, by budget ({} where it has none), and
+    what errors weigh in them."""
+    exact = CacheOptions()
+    mass = scored_mass(edges_of(tokens), exact.window, exact.sinks)
+    kl = {f"{b:g}": codec.kl_of_mass(b, mass) for b in bits} if codec.in_nats else {}
+    return {"predicted_kl": kl, "far_mass": mass}
 
 
 def judged(expected: mx.array, found: mx.array, following: mx.array) -> tuple[mx.array, mx.array, mx.array]:
@@ -202,8 +215,7 @@ def drift_of(caches: Sequence[Any]) -> Row | None:
     found = [d for c in spectral if (d := c.drift) is not None]
     if not found:
         return None
-    overload, dropped = max(d.overload for d in found), max(d.dropped for d in found)
-    return {"overload": overload, "dropped": dropped, "is_large": any(d.is_large for d in found)}
+    return {"energy": max(d.energy for d in found), "is_large": any(d.is_large for d in found)}
 
 
 def continuation(

@@ -24,9 +24,10 @@ class CacheOptions:
     """How a spectral cache is to be made; ValueError names the option that is out of range.
 
     bits_per_value: stored bits per cached number, 0.25 to 8, padding included; a pair holds keys and values to budgets
-    of their own.  max_kl: instead, the smallest budget whose predicted KL (Codec.predicted_kl) is at most this, in
-    nats.  window: newest tokens kept exact.  sinks: first tokens kept exact.  codec: a Codec, a file, or None to find
-    or make the model's own.  lossless: store raw bits instead (a test of everything but the quantizer).
+    of their own.  max_kl: instead, the smallest budget whose predicted KL (Codec.predicted_kl) at the end of the
+    context is at most this, in nats.  window: newest tokens kept exact.  sinks: first tokens kept exact.  codec: a
+    Codec, a file, or None to find or make the model's own.  lossless: store raw bits instead (a test of everything but
+    the quantizer).
     memory: instead of bits, bytes that the cache of one sequence and its codec may take, a number or "2GB", "2GiB",
     "500MB": the largest budget that fits is used, with max_kl the one it asks for (fitting.py).  context: tokens of
     the longest sequence (None: those that the model is made for).

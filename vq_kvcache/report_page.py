@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from . import report_figures as figures
+from .drift import LIMIT
 from .report_figures import Series
 
 Report = dict[str, Any]
@@ -208,9 +209,9 @@ def closeness(report: Report) -> str:
         "0.01 a difference that sampling hides. Lower and further left is better."
     )
     note = (
-        "Predictions are for text like the calibration’s, at positions beyond the exact window. The last column is "
-        "cache.drift: coordinates beyond their outermost level and energy in dropped dimensions, as multiples of the "
-        "calibration text’s, the largest of all layers; from 1.5 on, calibrate on text like yours."
+        "Predictions are for text like the calibration’s, for the same positions. The last column is cache.drift: the "
+        "energy of keys’ and values’ coordinates, as a multiple of the calibration text’s, the largest of all layers; "
+        f"above {LIMIT:g}, calibrate on text like yours."
     )
     return (f'<p>{text}</p>{key}<div class="charts">{images}</div>'
             + table("Closeness to full precision", columns, rows) + f'<p class="dim">{note}</p>')  # fmt: skip
@@ -225,7 +226,7 @@ def predicted(report: Report, m: Report) -> str:
 def drift(m: Report) -> str:
     """How unlike the calibration's the text is."""
     found = m["drift"]
-    return "–" if found is None else f"{found['overload']:.2f}, {found['dropped']:.2f}"
+    return "–" if found is None else f"{found['energy']:.2f}"
 
 
 def texts(report: Report) -> str:

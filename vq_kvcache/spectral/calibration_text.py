@@ -86,6 +86,11 @@ def cut(ids: list[int], count: int, length: int) -> list[mx.array]:
     return [mx.array(ids[s : s + length]) for s in starts]
 
 
+def shares_of(count: int, kinds: int) -> list[int]:
+    """How many of `count` sequences each of `kinds` texts gives."""
+    return [(count + i) // kinds for i in range(kinds)][::-1]
+
+
 def calibration_sequences(
     model: Any, tokenizer: Any, num_samples: int, sequence_length: int, texts: Sequence[str] | None, seed: int
 ) -> list[mx.array]:
@@ -95,7 +100,7 @@ def calibration_sequences(
     own = 0 if texts is not None else int(num_samples * SELF_WRITTEN_SHARE)
     sources = built_in_texts() if texts is None else list(texts)
     encoded = [encode(tokenizer, text) for text in sources]
-    shares = [(num_samples - own + i) // len(sources) for i in range(len(sources))][::-1] if sources else []
+    shares = shares_of(num_samples - own, len(sources))
     kinds = [cut(ids, share, sequence_length) for ids, share in zip(encoded, shares, strict=True)]
     # In turn, so that any few of them are mixed text.
     sequences = [s for row in itertools.zip_longest(*kinds) for s in row if s is not None]

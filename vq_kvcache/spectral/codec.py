@@ -23,12 +23,14 @@ from .bit_allocator import allocate
 from .codebook import MAX_BITS
 from .files import cache_folder, parse_json, read_file, sha256, write_atomically
 from .packing import WORD_BITS, allocate_words
+from .sealing import calibration_mass, newest_mass
 from .spectral_quant import LARGEST, SpectralQuantizer, SpectralRotation
 
 FORMAT = "vq_kvcache.codec"
 VERSION = 2
 SAMPLED_BYTES = 1 << 20
 SAMPLES_PER_PARAMETER = 256
+CONTEXT = 4096  # tokens of which KL is predicted where nobody names a context
 # Costs are those of small errors. A head without any codes of its keys would attend to everything alike, which is no
 # small error: on one model a head priced at 0.002 nats cost 0.36.
 LEAST_WORDS = {"keys": 1, "values": 0}
@@ -79,8 +81,10 @@ class Transforms:
         dims = np.arange(self.mean.shape[1])
         heads = []
         for h, bits in enumerate(widths):
-            variances = self.eigenvalues[h] * self.stretch[h, dims, bits] ** 2
-            heads.append(SpectralQuantizer.from_transform(self.mean[h], self.analysis[h], variances, bits))
+            stretch = self.stretch[h, dims, bits]
+            variances = self.eigenvalues[h] * stretch**2
+            parts = self.mean[h], self.analysis[h], variances, bits
+            heads.append(SpectralQuantizer.from_transform(*parts, stretch=stretch))
         return SpectralQuantizer.stack(heads)
 
 
@@ -203,11 +207,23 @@ class Codec:
         """Whether costs of all layers are in one unit, nats of KL per token."""
         return self.provenance.get("objective") == "fisher" or self.provenance.get("costs") == "nats"
 
-    def predicted_kl(self, bits_per_value: Bits) -> float:
-        """Mean KL of the next-token distribution, in nats, that this budget is expected to cost text like the
-        calibration's, at positions beyond window and sinks and contexts as long as its sequences.
+    def predicted_kl(self, bits_per_value: Bits, context: int = CONTEXT, window: int | None = None) -> float:
+        """KL of the next-token distribution, in nats, that this budget is expected to cost the newest of `context`
+        tokens of text like the calibration's, when they come one by one, as in generating.
 
-        bits_per_value: as in `plan`. ValueError for a codec whose costs are not in nats.
+        bits_per_value: as in `plan`.  window: newest tokens that are exact (None: as many as in calibration). It grows
+        with the context, so the mean over a text is less: `kl_of_mass`. ValueError for a codec whose costs are not in
+        nats.
+        """
+        _, calibrated_window, sinks = self._calibrated
+        exact = calibrated_window if window is None else window
+        return self.kl_of_mass(bits_per_value, newest_mass(context, exact, sinks))
+
+    def kl_of_mass(self, bits_per_value: Bits, mass: float) -> float:
+        """KL, in nats, that this budget is expected to cost a token for which codes weigh `mass` (sealing.far_mass).
+
+        Costs are means over the tokens of calibration sequences, so they are scaled by what perturbed tokens weighed
+        there; a codec that does not tell of its sequences predicts what they cost, whatever the mass.
         """
         if not self.in_nats:
             raise ValueError(
@@ -220,20 +236,26 @@ class Codec:
             if (transforms := self.layers[i][part == "values"]) is not None
             for h, bits in enumerate(heads)
         )
-        # Costs are means over all tokens; the first positions, which see everything exact, bear none.
-        length = int(self.provenance.get("sequence_length", 0))
-        exact = int(self.provenance.get("window", 0)) + int(self.provenance.get("sinks", 0))
-        return cost * length / (length - exact) if length > exact else cost
+        calibrated = calibration_mass(*self._calibrated)
+        return cost * mass / calibrated if calibrated else cost
 
-    def bits_for(self, max_kl: float) -> float:
-        """The smallest budget, in steps of 1/16 bit, whose `predicted_kl` is at most `max_kl`; ValueError if none."""
+    @property
+    def _calibrated(self) -> tuple[int, int, int]:
+        """Length, window and sinks of the calibration sequences."""
+        length, window, sinks = (int(self.provenance.get(n, 0)) for n in ("sequence_length", "window", "sinks"))
+        return length, window, sinks
+
+    def bits_for(self, max_kl: float, context: int = CONTEXT, window: int | None = None) -> float:
+        """The smallest budget, in steps of 1/16 bit, whose `predicted_kl` at this context and window is at most
+        `max_kl` nats; ValueError if none."""
         steps = [b / 16 for b in range(4, 16 * MAX_BITS + 1)]
-        if not max_kl > 0 or self.predicted_kl(steps[-1]) > max_kl:
+        least = self.predicted_kl(steps[-1], context, window)
+        if not max_kl > 0 or least > max_kl:
             raise ValueError(
-                f"max_kl is {max_kl}; expected at least {self.predicted_kl(steps[-1]):.2g}, which {MAX_BITS} bits are "
-                "predicted to cost; allow more or use a full-precision cache."
+                f"max_kl is {max_kl}; expected at least {least:.2g}, which {MAX_BITS} bits are predicted to cost at "
+                f"{context:,} tokens; allow more or use a full-precision cache."
             )
-        return steps[bisect.bisect_left(steps, True, key=lambda b: self.predicted_kl(b) <= max_kl)]
+        return steps[bisect.bisect_left(steps, True, key=lambda b: self.predicted_kl(b, context, window) <= max_kl)]
 
     def _widths(self, bits_per_value: Bits) -> dict[tuple[int, str], list[NDArray[np.int64]]]:
         """Widths of each head of each (layer, part): one budget for the model where costs are in nats, else equal ones

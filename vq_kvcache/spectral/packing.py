@@ -18,6 +18,7 @@ read consecutive tokens.
 import dataclasses
 import functools
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -26,8 +27,9 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from .bit_allocator import allocate
-from .codebook import MAX_BITS, dequantize, fused, levels
-from .trellis import dequantize_rings, is_ring, ring_levels, turn_rings
+from .codebook import COEFFICIENTS, MAX_BITS, dequantize, fused, levels
+from .trellis import COEFFICIENTS as RING_COEFFICIENTS
+from .trellis import dequantize_rings, is_ring, ring_constants, ring_levels, turn_rings
 
 WORD_BITS = 32
 # Codes of the first widths leave the most bits of a word over when alone, so they choose their company first.
@@ -119,14 +121,6 @@ class Layout:
         """H."""
         return len(self.order)
 
-    def outermost_levels(self, head: int) -> list[float]:
-        """The largest level of each stored coordinate of a head."""
-        tops = []
-        for s in self.segments[head]:
-            rings = self.trellis and is_ring(s.width, s.slots)
-            tops += [float((ring_levels if rings else levels)(s.width)[-1])] * s.count
-        return tops
-
     @property
     def padding_bits(self) -> int:
         """Bits of the W words that hold no code."""
@@ -135,7 +129,7 @@ class Layout:
     @property
     def nbytes(self) -> int:
         """Bytes of the index arrays."""
-        return sum(a.nbytes for a in vars(self._tables).values() if isinstance(a, mx.array))
+        return sum(a.nbytes for a in self._tables.arrays)
 
     def pack(self, codes: Sequence[mx.array]) -> mx.array:
         """Codes of `split`, uint32 [..., n, T] a group -> words uint32 [..., W, T]."""
@@ -154,23 +148,45 @@ class Layout:
 
     def unpack_levels(self, words: mx.array) -> mx.array:
         """Words [..., W, T] -> levels of the stored coordinates, float32 [..., H, N, T]; 0 beyond a head's own."""
-        tables, source = self._tables, self._checked(words)
         lead, tokens = words.shape[:-2], words.shape[-1]
-        if tables.rings:
-            in_place = mx.right_shift(mx.take(words, tables.ring_words, axis=-2), tables.ring_shifts)
-            source = mx.concatenate([words, *turn_rings(in_place, tables.ring_widths, tables.ring_slots)], axis=-2)
-        fields = mx.right_shift(mx.take(source, tables.turned_of, axis=-2), tables.turned_shifts)
-        parts = [_levels(g.width)(fields[..., g.start : g.end, :]) for g in self.groups if not g.slots]
-        if tables.rings:
-            first = tables.alone
-            lows = mx.right_shift(mx.take(source, tables.low_of, axis=-2), tables.turned_shifts[first:])
-            parts += [
-                _turned_levels(g.width)(fields[..., g.start : g.end, :], lows[..., g.start - first : g.end - first, :])
-                for g in self.groups
-                if g.slots
-            ]
-        parts.append(mx.zeros((*lead, 1, tokens), mx.float32))
-        return mx.take(mx.concatenate(parts, axis=-2), tables.row_of, axis=-2)
+        rows = self._checked(words).reshape(math.prod(lead), self.words, tokens)
+        levels = []
+        for head, order in enumerate(self.order):
+            own = self.head_levels(rows, head)
+            own = mx.take(own, self.places(head), axis=1) if order else own
+            levels.append(mx.pad(own, [(0, 0), (0, self.stored - len(order)), (0, 0)]))
+        return mx.stack(levels, axis=1).reshape(*lead, self.heads, self.stored, tokens)
+
+    def head_levels(self, words: mx.array, head: int) -> mx.array:
+        """Words [B, W, T] of all heads -> levels of a head's n stored coordinates, float32 [B, n, T], in an order of
+        their own: coordinate i of the storage order is row places(head)[i]."""
+        table = self._tables.of_head[head]
+        batch, _, tokens = words.shape
+        if not table.runs:
+            return mx.zeros((batch, 0, tokens), mx.float32)
+        own = words[:, self.first_words[head] : self.first_words[head + 1]]
+        # Rows outermost, so that those of one kind are one block of memory, which a fused kernel runs through fastest.
+        source = own.swapaxes(0, 1).reshape(own.shape[1], batch * tokens)
+        if table.rings:
+            source = mx.concatenate([source, *turn_rings(mx.take(source, table.ring_words, axis=0), *table.rings)])
+        fields = mx.right_shift(mx.take(source, table.rows, axis=0).view(mx.int32), table.shifts)
+        masked = fields[table.long :] & table.masks if table.masks.size else fields
+        parts = [
+            _levels(r.width, r.ring)(masked[r.start - table.long : r.end - table.long])
+            if r.long
+            else _levels(r.width, r.ring)(fields[r.start : r.end])
+            for r in table.runs
+        ]
+        levels = parts[0] if len(parts) == 1 else mx.concatenate(parts)
+        return levels.reshape(levels.shape[0], batch, tokens).swapaxes(0, 1)
+
+    def places(self, head: int) -> mx.array:
+        """Where `head_levels` puts each coordinate of the storage order, [n]."""
+        return self._tables.of_head[head].places
+
+    def coordinates(self, head: int) -> mx.array:
+        """The coordinate of each row of `head_levels`, [n]: the inverse of `places`."""
+        return self._tables.of_head[head].coordinates
 
     @property
     def groups(self) -> list[Group]:
@@ -192,46 +208,115 @@ class _Tables:
     """The layout as index arrays, so that a few ops serve all heads: rows grouped by width; rings after the rest."""
 
     def __init__(self, layout: Layout) -> None:
-        rows, rings = _rows(layout)
+        rows = _rows(layout)
         kinds = [(r.width, r.slots) for r in rows]
+        self.of_head = [_HeadTable.of(layout, head) for head in range(layout.heads)]
         self.groups, start = [], 0
         for kind, same in itertools.groupby(kinds):
             end = start + len(list(same))
             self.groups.append(Group(*kind, start, end))
             start = end
-        count, self.alone, self.rings = len(rows), sum(not slots for _, slots in kinds), len(rings)
+        count = len(rows)
         self.word_of = _indices([r.word for r in rows])
         self.shifts = _column([r.shift for r in rows])
         self.grouped = _indices([r.head * layout.stored + r.position for r in rows])
-        row_of = np.full((layout.heads, layout.stored), count, dtype=np.uint32)
         in_word: list[list[int]] = [[] for _ in range(layout.words)]
         for i, r in enumerate(rows):
-            row_of[r.head, r.position] = i
             in_word[r.word].append(i)
-        self.row_of = _indices(row_of)
         slots = max((len(codes) for codes in in_word), default=0)
         padded = [codes + [count] * (slots - len(codes)) for codes in in_word]
         self.codes_of_word = _indices(np.array(padded, dtype=np.uint32).reshape(layout.words, slots).T)
-        self._set_rings(layout, rows, rings)
         # Other threads, with streams of their own, must find them computed.
-        mx.eval([a for a in vars(self).values() if isinstance(a, mx.array)])
+        mx.eval(self.arrays)
 
-    def _set_rings(self, layout: Layout, rows: "list[_Row]", rings: list[tuple[int, int, int, int]]) -> None:
-        """Turned rings follow the words, the neighbours' lowest bits follow those."""
-        self.turned_of, self.turned_shifts = self.word_of, self.shifts
-        if not rings:
-            return
-        words, shifts, widths, slots = zip(*rings, strict=True)
-        self.ring_words = _indices(words)
-        self.ring_shifts, self.ring_widths, self.ring_slots = _column(shifts), _column(widths), _column(slots)
-        turned = [r.word if r.ring < 0 else layout.words + r.ring for r in rows]
-        self.turned_of = _indices(turned)
-        self.turned_shifts = _column([r.shift if r.ring < 0 else r.slot * r.width for r in rows])
-        self.low_of = _indices([i + len(rings) for i in turned[self.alone :]])
+    @property
+    def arrays(self) -> list[mx.array]:
+        """All of them."""
+        own = [a for a in vars(self).values() if isinstance(a, mx.array)]
+        return own + [a for table in self.of_head for a in table.arrays]
+
+
+class _Run(NamedTuple):
+    """Rows start..end of fields of one kind."""
+
+    long: bool
+    width: int
+    ring: bool
+    start: int
+    end: int
+
+
+class _Field(NamedTuple):
+    """Where a stored coordinate's field is, and how far to shift it; sorted, those of one kind are neighbours."""
+
+    long: bool
+    width: int
+    ring: bool
+    row: int
+    shift: int
+    position: int
+
+
+@dataclasses.dataclass(frozen=True)
+class _HeadTable:
+    """The fields of one head, those of one kind side by side. A field's row is one of the head's words, or of the
+    turned rings that follow them, the even slots of all rings and then the odd ones.
+
+    ring_words, rings: what `turn_rings` takes.  long: the first row whose polynomial fuses with no mask before it, and
+    masks of the rows from there on.
+    """
+
+    rows: mx.array
+    shifts: mx.array
+    runs: list[_Run]
+    long: int
+    masks: mx.array
+    ring_words: mx.array
+    rings: tuple[mx.array, ...]
+    places: mx.array
+    coordinates: mx.array
+
+    @property
+    def arrays(self) -> list[mx.array]:
+        """All of them."""
+        return [self.rows, self.shifts, self.masks, self.ring_words, *self.rings, self.places, self.coordinates]
+
+    @classmethod
+    def of(cls, layout: "Layout", head: int) -> "_HeadTable":
+        """The table of a head of a layout whose segments are known."""
+        segments = layout.segments[head]
+        coded = [s for s in segments if layout.trellis and is_ring(s.width, s.slots)]
+        words, count, rings = sum(s.words for s in segments if s.shift == 0), sum(s.words for s in coded), 0
+        fields: list[_Field] = []
+        for s in segments:
+            ring = s in coded
+            for i in range(s.count):
+                slot, w = divmod(i, s.words)
+                row = words + slot % 2 * count + rings + w if ring else s.first_word + w
+                shift = slot // 2 * 2 * s.width if ring else s.shift + slot * s.width
+                fields.append(_Field(_is_long(s.width, ring), s.width, ring, row, shift, s.first + i))
+            rings += s.words if ring else 0
+        fields.sort()
+        runs: list[_Run] = []
+        for kind, same in itertools.groupby(fields, key=lambda f: (f.long, f.width, f.ring)):
+            start = runs[-1].end if runs else 0
+            runs.append(_Run(*kind, start=start, end=start + len(list(same))))
+        coordinates = np.array([f.position for f in fields], dtype=np.uint32)
+        return cls(
+            _indices([f.row for f in fields]),
+            _column([f.shift for f in fields]).astype(mx.int32),
+            runs,
+            sum(not f.long for f in fields),
+            _column([2 ** (f.width + f.ring) - 1 for f in fields if f.long]).astype(mx.int32),
+            _indices([s.first_word + w for s in coded for w in range(s.words)]),
+            ring_constants([(s.shift, s.width, s.slots) for s in coded for _ in range(s.words)]),
+            _indices(np.argsort(coordinates)),
+            _indices(coordinates),
+        )
 
 
 class _Row(NamedTuple):
-    """Where one stored coordinate lies; slots and ring tell its ring, 0 and -1 outside of one."""
+    """Where one stored coordinate lies; slots are those of its ring, 0 outside of one."""
 
     slots: int
     width: int
@@ -243,11 +328,10 @@ class _Row(NamedTuple):
     shift: int
 
 
-def _rows(layout: Layout) -> tuple[list[_Row], list[tuple[int, int, int, int]]]:
-    """Every stored coordinate, the ones alone first, then by ring length, width, slot; and every ring's (word, shift,
-    width, slots)."""
+def _rows(layout: Layout) -> list[_Row]:
+    """Every stored coordinate, the ones alone first, then by ring length, width, slot."""
     rows: list[_Row] = []
-    rings: list[tuple[int, int, int, int]] = []
+    rings = 0
     for h, segments in enumerate(layout.segments):
         for s in segments:
             coded = layout.trellis and is_ring(s.width, s.slots)
@@ -255,13 +339,12 @@ def _rows(layout: Layout) -> tuple[list[_Row], list[tuple[int, int, int, int]]]:
                 word = layout.first_words[h] + s.first_word + w
                 for slot in range(s.slots):
                     rows.append(_Row(
-                        s.slots if coded else 0, s.width, slot if coded else 0, len(rings) if coded else -1,
+                        s.slots if coded else 0, s.width, slot if coded else 0, rings if coded else -1,
                         h, s.first + slot * s.words + w, word, s.shift + slot * s.width,
                     ))  # fmt: skip
-                if coded:
-                    rings.append((word, s.shift, s.width, s.slots))
+                rings += coded
     rows.sort(key=lambda r: (r.slots, -r.width, *r[2:6]))
-    return rows, rings
+    return rows
 
 
 def _indices(numbers: ArrayLike) -> mx.array:
@@ -303,24 +386,21 @@ def _storage_order(widths: NDArray[np.int64], segments: list[Segment]) -> list[i
     return order
 
 
+def _is_long(width: int, ring: bool) -> bool:
+    """Whether levels of this kind take more operations than MLX fuses with a mask before them."""
+    return len((RING_COEFFICIENTS if ring else COEFFICIENTS)[width]) > 2
+
+
 @functools.cache
-def _levels(width: int) -> Callable[[mx.array], mx.array]:
-    """Mask and polynomial fused into one kernel for each width."""
+def _levels(width: int, ring: bool) -> Callable[[mx.array], mx.array]:
+    """Mask, unless the fields are masked, and polynomial fused into one kernel for each kind; a code in a ring has a
+    bit more, see `turn_rings`."""
+    mask = -1 if _is_long(width, ring) else 2 ** (width + ring) - 1
 
     @fused
     def decode(fields: mx.array) -> mx.array:
-        return dequantize(fields & (2**width - 1), width)
-
-    return decode
-
-
-@functools.cache
-def _turned_levels(width: int) -> Callable[[mx.array, mx.array], mx.array]:
-    """The same for the codes of rings, whose lowest bit was turned, and the lowest bits of their neighbours."""
-
-    @fused
-    def decode(fields: mx.array, lows: mx.array) -> mx.array:
-        return dequantize_rings(fields & (2**width - 1), lows & 1, width)
+        codes = fields if mask < 0 else fields & mask
+        return dequantize_rings(codes, width) if ring else dequantize(codes, width)
 
     return decode
 

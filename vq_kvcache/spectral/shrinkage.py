@@ -44,9 +44,11 @@ def choose(statistics: Iterable[LayerFisher], sequences: int) -> Shrinkage:
     parts = parts[:: -(-len(parts) // JUDGED_PARTS)]
     if min(len(p.kept) for p in parts) < LEAST_SEQUENCES:
         return Shrinkage()
-    metric = min(STRENGTHS, key=lambda a: _held_out_cost(parts, Shrinkage(0.0, a), sequences))
-    covariance = min(STRENGTHS, key=lambda a: _held_out_cost(parts, Shrinkage(a, metric), sequences))
-    return Shrinkage(covariance, metric)
+    by_metric = {a: _held_out_cost(parts, Shrinkage(0.0, a), sequences) for a in STRENGTHS}
+    metric = min(STRENGTHS, key=by_metric.__getitem__)
+    by_covariance = {0.0: by_metric[metric]}  # tried above
+    by_covariance |= {a: _held_out_cost(parts, Shrinkage(a, metric), sequences) for a in STRENGTHS if a > 0}
+    return Shrinkage(min(STRENGTHS, key=by_covariance.__getitem__), metric)
 
 
 def _held_out_cost(parts: Sequence[LayerFisher], strength: Shrinkage, sequences: int) -> float:

@@ -95,17 +95,24 @@ class SpectralQuantizer:
             widths = allocate(gaussian_costs(eigenvalues), int(widths.sum()))
         matrix = _float64(rotation.rotation_matrix)
         mean = np.zeros(rotation.head_dim) if rotation.mean is None else _float64(rotation.mean)
-        self._set_up([mean], [matrix], [matrix.T], [eigenvalues], [widths], trellis=False)
+        self._set_up([mean], [matrix], [matrix.T], [eigenvalues], [widths], [np.ones(len(mean))], trellis=False)
         self._one_head = True
 
     @classmethod
     def from_transform(
-        cls, mean: ArrayLike, analysis: ArrayLike, eigenvalues: ArrayLike, widths: ArrayLike, trellis: bool = True
+        cls,
+        mean: ArrayLike,
+        analysis: ArrayLike,
+        eigenvalues: ArrayLike,
+        widths: ArrayLike,
+        trellis: bool = True,
+        stretch: ArrayLike | None = None,
     ) -> "SpectralQuantizer":
         """A quantizer for any invertible basis: z = analysisT (x - mean) has variances `eigenvalues`.
 
         mean [D], analysis [D, D] (a coordinate per column), eigenvalues [D], widths [D] in 0..8.  trellis: code
-        neighbours together (trellis.py).
+        neighbours together (trellis.py).  stretch [D]: how much wider than over calibration text `eigenvalues` take
+        the coordinates to be, to give levels room (default: 1).
         """
         matrix = np.array(analysis, dtype=np.float64)
         if not np.isfinite(matrix).all() or not np.linalg.cond(matrix) <= 1e12:  # NaN where it overflows
@@ -117,6 +124,7 @@ class SpectralQuantizer:
             [np.asarray(np.linalg.inv(matrix), dtype=np.float64)],
             [np.array(eigenvalues, dtype=np.float64)],
             [np.array(widths, dtype=np.int64)],
+            [np.ones(len(matrix)) if stretch is None else np.array(stretch, dtype=np.float64)],
             trellis,
         )
         quantizer._one_head = True
@@ -135,8 +143,8 @@ class SpectralQuantizer:
     @classmethod
     def _of_heads(cls, heads: list[tuple[Any, ...]], trellis: bool) -> "SpectralQuantizer":
         quantizer = cls.__new__(cls)
-        means, analyses, syntheses, spectra, widths = map(list, zip(*heads, strict=True))
-        quantizer._set_up(means, analyses, syntheses, spectra, widths, trellis)
+        means, analyses, syntheses, spectra, widths, stretches = map(list, zip(*heads, strict=True))
+        quantizer._set_up(means, analyses, syntheses, spectra, widths, stretches, trellis)
         quantizer._one_head = False
         return quantizer
 
@@ -147,9 +155,10 @@ class SpectralQuantizer:
         syntheses: list[NDArray[np.float64]],
         spectra: list[NDArray[np.float64]],
         widths: list[NDArray[np.int64]],
+        stretches: list[NDArray[np.float64]],
         trellis: bool,
     ) -> None:
-        self._parameters = list(zip(means, analyses, syntheses, spectra, widths, strict=True))
+        self._parameters = list(zip(means, analyses, syntheses, spectra, widths, stretches, strict=True))
         self.layout = Layout(np.stack(widths), trellis)
         heads, dims, stored = len(means), len(means[0]), self.layout.stored
         analysis, synthesis = np.zeros((heads, dims, stored)), np.zeros((heads, stored, dims))
@@ -164,41 +173,43 @@ class SpectralQuantizer:
         self.analysis = mx.array(analysis.astype(np.float32))
         self.synthesis = mx.array(synthesis.astype(np.float32))
         mx.eval(self.mean, self.analysis, self.synthesis)
-        self._watch(analyses, spectra, widths)
+        self._watch(analyses, spectra, widths, stretches)
 
     def _watch(
-        self, analyses: list[NDArray[np.float64]], spectra: list[NDArray[np.float64]], widths: list[NDArray[np.int64]]
+        self,
+        analyses: list[NDArray[np.float64]],
+        spectra: list[NDArray[np.float64]],
+        widths: list[NDArray[np.int64]],
+        stretches: list[NDArray[np.float64]],
     ) -> None:
-        """What `drift` compares with: outermost levels, and the dropped dimensions of most variance."""
+        """What `drift` looks at: every stored coordinate, by weights, and the dropped ones of most variance."""
         heads, dims = len(analyses), len(widths[0])
-        outermost = np.full((heads, 1, self.layout.stored), np.inf)
-        dropped = np.zeros((heads, dims, DROPPED_WATCHED))
-        energy = 0.0
-        for h, (analysis, spectrum, bits) in enumerate(zip(analyses, spectra, widths, strict=True)):
-            tops = self.layout.outermost_levels(h)
-            outermost[h, 0, : len(tops)] = tops
-            worst = np.flatnonzero(bits == 0)
+        weights, dropped, watched = (
+            np.zeros((heads, 1, self.layout.stored)),
+            np.zeros((heads, dims, DROPPED_WATCHED)),
+            0,
+        )
+        for h, (analysis, spectrum, bits, stretch) in enumerate(zip(analyses, spectra, widths, stretches, strict=True)):
+            # What hardly ever varied has no unit to measure in.
+            varies = spectrum > max(spectrum.max() * SMALLEST_RELATIVE_DEVIATION**2, 1e-60)
+            order = self.layout.order[h]
+            weights[h, 0, : len(order)] = stretch[order] ** 2 * varies[order]
+            worst = np.flatnonzero((bits == 0) & varies)
             worst = worst[np.argsort(-spectrum[worst], kind="stable")][:DROPPED_WATCHED]
-            dropped[h, :, : len(worst)] = analysis[:, worst]
-            energy += float(spectrum[worst].sum())
-        self._outermost = mx.array(outermost.astype(np.float32))
-        # Of a Gaussian, per token and over all heads.
-        self._beyond = float(sum(math.erfc(t / math.sqrt(2)) for t in outermost[np.isfinite(outermost)]))
-        self._dropped = mx.array((dropped / math.sqrt(max(energy, 1e-30))).astype(np.float32))
-        mx.eval(self._outermost, self._dropped)
+            dropped[h, :, : len(worst)] = analysis[:, worst] * stretch[worst] / np.sqrt(spectrum[worst])
+            watched += int(varies[order].sum()) + len(worst)
+        self._weights = mx.array((weights / max(watched, 1)).astype(np.float32))
+        self._dropped = mx.array((dropped / math.sqrt(max(watched, 1))).astype(np.float32))
+        mx.eval(self._weights, self._dropped)
 
     def drift(self, x: mx.array) -> mx.array:
-        """Vectors [B, H, T, D] -> float32 [2], each about B * T for text like the calibration's, more for other text.
-
-        Coordinates beyond their outermost level, against a Gaussian's; energy in dimensions without bits, against the
-        calibration's.
-        """
+        """Vectors [B, H, T, D] -> a float32, about B * T for text like the calibration's, more for other text: their
+        squared coordinates, each in units of its variance over calibration text; the mean over coordinates and heads,
+        summed over vectors."""
         centred = x.astype(mx.float32) - self.mean
-        beyond = (mx.abs(centred @ self.analysis) > self._outermost).sum() / max(self._beyond, 1e-30)
-        energy = (centred @ self._dropped) ** 2
+        energy = ((centred @ self.analysis) ** 2 * self._weights).sum(-1) + ((centred @ self._dropped) ** 2).sum(-1)
         # One NaN would stay in the sums for good.
-        dropped = mx.where(mx.isfinite(energy), energy, 0).sum()
-        return mx.stack([beyond.astype(mx.float32), dropped])
+        return mx.where(mx.isfinite(energy), energy, 0).sum()
 
     @property
     def widths(self) -> list[int] | list[list[int]]:
@@ -224,7 +235,7 @@ class SpectralQuantizer:
     @property
     def nbytes(self) -> int:
         """Bytes of the transform's own arrays, index tables included."""
-        arrays = self.mean, self.analysis, self.synthesis, self._outermost, self._dropped
+        arrays = self.mean, self.analysis, self.synthesis, self._weights, self._dropped
         return sum(a.nbytes for a in arrays) + self.layout.nbytes
 
     def encode(self, keys: mx.array) -> EncodedVector:
@@ -264,6 +275,20 @@ class SpectralQuantizer:
     def decode_levels(self, words: mx.array) -> mx.array:
         """Words [..., W, T] -> coordinates in storage order, unit variance, float32 [..., H, N, T]."""
         return self.layout.unpack_levels(words)
+
+    def decode_head(self, words: mx.array, head: int) -> mx.array:
+        """Words [B, W, T] of all heads -> levels of one, float32 [B, n, T], in the order of `sorted_queries`."""
+        return self.layout.head_levels(words, head)
+
+    def sorted_queries(self, folded: mx.array, head: int) -> mx.array:
+        """Folded queries [B, H, R, N] -> those of one head, [B, R, n], coordinates as `decode_head` orders them."""
+        own = folded[:, head]
+        return mx.take(own, self.layout.coordinates(head), axis=-1) if self.layout.order[head] else own[..., :0]
+
+    def stored_outputs(self, outputs: mx.array, head: int) -> mx.array:
+        """Sums [B, R, n] over what `decode_head` gives -> [B, R, N] in storage order."""
+        own = mx.take(outputs, self.layout.places(head), axis=-1) if self.layout.order[head] else outputs
+        return mx.pad(own, [(0, 0), (0, 0), (0, self.layout.stored - own.shape[-1])])
 
     def decode_words(self, words: mx.array, dtype: mx.Dtype = mx.float32) -> mx.array:
         """Words [..., W, T] -> vectors [..., H, T, D] of `dtype`."""
@@ -315,6 +340,20 @@ class RawQuantizer:
     def decode_levels(self, words: mx.array) -> mx.array:
         """Words [..., W, T] -> numbers, float32 [..., H, D, T]."""
         return self.decode_words(words).astype(mx.float32).swapaxes(-1, -2)
+
+    def decode_head(self, words: mx.array, head: int) -> mx.array:
+        """Words [B, W, T] of all heads -> numbers of one, float32 [B, D, T]."""
+        n = self._words_per_head
+        numbers = mx.contiguous(words[:, head * n : (head + 1) * n].swapaxes(-1, -2)).view(self._dtype)
+        return numbers[..., : self.head_dim].astype(mx.float32).swapaxes(-1, -2)
+
+    def sorted_queries(self, folded: mx.array, head: int) -> mx.array:
+        """Those of one head."""
+        return folded[:, head]
+
+    def stored_outputs(self, outputs: mx.array, head: int) -> mx.array:
+        """The outputs themselves."""
+        return outputs
 
     def fold_queries(self, queries: mx.array) -> tuple[mx.array, mx.array]:
         """The queries themselves, and zero."""

@@ -133,7 +133,7 @@ def _rounded_in_rings(unit: mx.array, bits: int) -> mx.array:
     codes = quantize_rings(z, bits)
     lows = codes & 1
     turned = codes ^ mx.roll(lows, 2, 1)
-    levels = dequantize_rings(turned, mx.roll(lows, 1, 1), bits)
+    levels = dequantize_rings(2 * turned + mx.roll(lows, 1, 1), bits)
     mx.eval(levels)
     return levels.transpose(0, 3, 1, 2).reshape(*unit.shape[:2], -1)[..., :dims]
 

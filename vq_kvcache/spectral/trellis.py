@@ -12,13 +12,13 @@ The n codes form a *ring* (tail-biting), so a word needs nothing from another. E
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
-from .codebook import fused, odd_polynomial
+from .codebook import fused, odd_level, odd_polynomial
 
 # c of level = sum_k c_k t^(2k+1): the fixed point of Lloyd's iteration with rings of 32 // b codes of Gaussian
 # numbers (benchmarks/trellis.py).
@@ -52,30 +52,45 @@ def ring_levels(width: int) -> NDArray[np.float64]:
     return odd_polynomial(COEFFICIENTS[width], t)
 
 
-def dequantize_rings(codes: mx.array, lows: mx.array, width: int) -> mx.array:
-    """Levels, float32, of codes whose lowest bit is already turned by the neighbour two back, and the lowest bit of the
-    neighbour one back. Horner's rule, no table."""
-    j = (codes * 2 + lows).astype(mx.float32)
-    t = j * (2.0 / 2 ** (width + 1)) + (1.0 / 2 ** (width + 1) - 1.0)
-    square = t * t
-    *rest, value = COEFFICIENTS[width]
-    result: mx.array = t * value
-    for c in reversed(rest):
-        result = result * square + t * c
-    return result
+def dequantize_rings(j: mx.array, width: int) -> mx.array:
+    """Levels, float32, of j: a polynomial, no table."""
+    return odd_level(j, width + 1, COEFFICIENTS[width])
 
 
-def turn_rings(fields: mx.array, width: mx.array, slots: mx.array) -> tuple[mx.array, mx.array]:
-    """Fields of n codes, the first in the lowest bits -> (codes with their lowest bit turned, lowest bits of the
-    neighbours), each where its code is. One call serves rings of all kinds: width and slots [..., 1] are arrays."""
-    whole = width * slots
-    mask = mx.right_shift(mx.array(0xFFFFFFFF, mx.uint32), 32 - whole)
-    # 1 in the lowest bit of each slot: (2^whole - 1) / (2^width - 1)
-    low = mask // (mx.left_shift(mx.array(1, mx.uint32), width) - 1)
-    fields = fields & mask
+def ring_constants(rings: Sequence[tuple[int, int, int]]) -> tuple[mx.array, ...]:
+    """What `turn_rings` needs of R rings (shift, width, slots), each uint32 [R, 1]; nothing for none."""
+    if not rings:
+        return ()
+    shift, width, slots = np.array(rings, dtype=np.uint64).T[:, :, None]
+    mask = (np.uint64(1) << width * slots) - np.uint64(1)
+    low = mask // ((np.uint64(1) << width) - np.uint64(1))  # 1 in the lowest bit of each slot
+    pairs = (slots + np.uint64(1)) // np.uint64(2)
+    even = ((np.uint64(1) << 2 * width * pairs) - np.uint64(1)) // ((np.uint64(1) << width) + np.uint64(1))
+    return tuple(mx.array(a.astype(np.uint32)) for a in (shift, width, width * slots, mask, low, even))
+
+
+@fused
+def turn_rings(
+    words: mx.array,
+    shift: mx.array,
+    width: mx.array,
+    whole: mx.array,
+    mask: mx.array,
+    low: mx.array,
+    even: mx.array,
+) -> tuple[mx.array, mx.array]:
+    """Words [R, T] with one ring each -> the j of its even slots and of its odd slots, uint32 [R, T] each.
+
+    j has a bit more than a code, so the j of slot k begins at bit 2 (k // 2) width. The rest are `ring_constants`.
+    """
+    fields = mx.right_shift(words, shift) & mask
     one = mx.left_shift(fields, width) | mx.right_shift(fields, whole - width)
-    two = mx.left_shift(fields, 2 * width) | mx.right_shift(fields, whole - 2 * width)
-    return fields ^ (two & low), one & low
+    two = mx.left_shift(fields, width + width) | mx.right_shift(fields, whole - (width + width))
+    turned, lows = fields ^ (two & low), one & low
+    return (
+        mx.left_shift(turned & even, 1) | (lows & even),
+        mx.left_shift(mx.right_shift(turned, width) & even, 1) | (mx.right_shift(lows, width) & even),
+    )
 
 
 def quantize_rings(z: mx.array, width: int) -> mx.array:
