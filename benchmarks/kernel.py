@@ -79,7 +79,7 @@ def main() -> None:
     if place == "ops":
         raise SystemExit(f"no kernels on {mx.default_device()}; expected a GPU that has them; run this on one.")
     start = time.perf_counter()
-    wrong = doctor.first_wrong(place, DIMS, DIMS, mx.bfloat16)
+    wrong = doctor.first_wrong(place, DIMS, DIMS, mx.bfloat16) or doctor.wrong_codes(place)
     first_use, rate, rows = time.perf_counter() - start, copy_rate(), []
     bits = [float(b) for b in args.bits.split(",")]
     for tokens, batch in tqdm(SHAPES, unit="shape"):

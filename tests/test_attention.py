@@ -13,7 +13,7 @@ import oracle
 import pytest
 from conftest import like_calibrated, random_codec
 
-from vq_kvcache import attention
+from vq_kvcache import attention, batch_cache, cache
 from vq_kvcache.attention import attend, attend_reference
 from vq_kvcache.spectral.spectral_quant import RawQuantizer
 from vq_kvcache.storage import Snapshot, Storage
@@ -333,3 +333,39 @@ def test_it_works_without_a_compiler(tmp_path, bits):
     assert done.returncode == 0, done.stderr
     assert float(done.stdout) < 0.01  # the exact tokens, and so the reference, are in float16
     assert not list(tmp_path.rglob("*.so"))  # nothing was compiled
+
+
+def test_only_a_gpu_is_waited_for_and_nothing_while_tracing(monkeypatch):
+    waited = []
+    x = mx.zeros(3)
+    with monkeypatch.context() as patched:
+        patched.setattr(mx, "eval", waited.append)
+        attention.wait_for(x)
+        assert not waited
+        patched.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
+        attention.wait_for(x, from_bytes=13)
+        assert not waited
+        attention.wait_for(x, x, from_bytes=13)
+        assert len(waited) == 1
+
+    def traced(y):
+        attention.wait_for(y)
+        return y + 1
+
+    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
+    assert mx.compile(traced)(x).tolist() == [1, 1, 1]
+
+
+@pytest.mark.parametrize("kind", ["one", "batch"])
+def test_large_pieces_of_a_prompt_are_waited_for(kind, monkeypatch):
+    """Or the memory of every layer's share is held at once."""
+    waited = []
+    module = {"one": cache, "batch": batch_cache}[kind]
+    monkeypatch.setattr(module, "wait_for", lambda *arrays, from_bytes: waited.append((len(arrays), from_bytes)))
+    made = {
+        "one": lambda: cache.SpectralKVCache(cache.LOSSLESS),
+        "batch": lambda: batch_cache.BatchSpectralKVCache([0], cache.LOSSLESS),
+    }[kind]()
+    keys = mx.zeros((1, 2, 5, 64))
+    made.update_and_fetch(keys, keys)
+    assert waited == [(2, attention.LARGE_CHUNK)]

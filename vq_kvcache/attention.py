@@ -37,9 +37,9 @@ MOST_STREAMS = 8
 COPIES = 12  # of a tile's levels that are held at once: MLX keeps a hundred operations in flight,
 COPIES_OF_A_STREAM = 8  # and every stream works on some
 DECODED_BYTES = 512 << 20  # of one layer's keys and values, for the time of a prompt chunk's attention
-WAITING_BYTES = 8 << 20  # of a decoding that is worth waiting for
 FEW_ROWS = 16  # for which `_weighted` multiplies by itself
 LANES = 16
+LARGE_CHUNK = 4 << 20  # bytes of new keys and values: a layer's share of a prompt is then worth waiting for
 LOWEST = -1e30  # stands for minus infinity: finite, so that rows without any visible key stay free of NaN
 
 
@@ -122,17 +122,19 @@ def _attend_decoded(
         logits = None if sinks is None else sinks[rows]
         results.append(original_attention()(queries[:, rows], keys, values, scale=scale, mask=own, sinks=logits))
         del decoded, keys, values
-        _wait_for(results[-1], _decoded_bytes(snapshot, count))
+        if count < heads:  # or the decodings of all would be held
+            wait_for(results[-1])
     return results[0] if len(results) == 1 else mx.concatenate(results, axis=1)
 
 
-def _wait_for(result: mx.array, decoded: int) -> None:
-    """Until a large decoding is free again: MLX sends a GPU the work of many layers ahead, and each holds its own."""
-    if decoded < WAITING_BYTES:
+def wait_for(*arrays: mx.array, from_bytes: int = 0) -> None:
+    """Until what a GPU needed for these arrays, if they are as large as that, is free again: MLX sends it the work of
+    dozens of layers ahead, each with memory of its own."""
+    if mx.default_device().type != mx.DeviceType.gpu or sum(a.nbytes for a in arrays) < from_bytes:
         return
     # While MLX traces a function, nothing can be waited for.
     with contextlib.suppress(RuntimeError, ValueError):
-        mx.eval(result)
+        mx.eval(arrays)
 
 
 def _trusts(snapshot: Snapshot, place: str) -> bool:
