@@ -1,12 +1,15 @@
 """The columns in which the CUDA kernel holds a head's levels, and the tables that tell it of them."""
 
+import gc
+import weakref
+
 import mlx.core as mx
 import numpy as np
 import pytest
 
 from vq_kvcache import doctor
 from vq_kvcache.attention import attend_codes
-from vq_kvcache.kernels import columns, steps
+from vq_kvcache.kernels import columns, launches, steps
 from vq_kvcache.spectral import codebook, trellis
 
 BITS = (0.5, 1.0, 2.0, 3.0, 4.25, 6.0, 7.5)
@@ -123,3 +126,35 @@ def test_a_step_of_many_layers_is_planned_once(monkeypatch):
     steps._traced.cache_clear()
     assert len(traced) == 1
     assert [r[0, 0, 0, 0].item() for r in results] == [1, 2, 3]
+
+
+def test_a_mask_of_every_token_is_not_traced_anew_at_every_step(monkeypatch):
+    traced = []
+    monkeypatch.setattr(steps, "attend_by", lambda run, plan, o: o.queries * 1)
+    monkeypatch.setattr(steps, "_traced", lambda plan, thread: traced.append(plan) or (lambda *o: o[1]))
+    queries = mx.ones((1, 8, 1, 64), mx.float16)
+    held = doctor.snapshot(doctor.Case(bits=2.25))
+    attend_codes(held, queries, 0.5, None, None, "cuda")
+    assert len(traced) == 1
+    attend_codes(held, queries, 0.5, mx.ones((1, 1, 1, held.length), mx.bool_), None, "cuda")
+    attend_codes(held, queries, 0.5, mx.zeros((1, 1, 1, held.length)), None, "cuda")
+    assert len(traced) == 1
+
+
+def test_tables_go_with_their_quantizers():
+    keys, values = (doctor.quantizer.__wrapped__(64, 2, 2.25, seed) for seed in (0, 1))
+    steps._tables(keys, values, False, "cuda")
+    steps._tables(keys, values, True, "cuda")
+    launches.word_table(keys)
+    alive = weakref.ref(keys)
+    del keys, values
+    gc.collect()
+    assert alive() is None
+
+
+def test_more_exact_tokens_than_splits_go_another_way():
+    held = doctor.snapshot(doctor.Case(bits=2.25))
+    queries = mx.zeros((1, 8, 1, 64), mx.float16)
+    assert launches.fits(held, queries, "cuda")
+    wide = doctor.rows_of((4,), (4,), 70_000, (256,))
+    assert not launches.fits(doctor.dataclasses.replace(held, layout=wide), queries, "cuda")

@@ -73,11 +73,15 @@ def test_decoding_gives_the_levels_of_plain_operations(bits, dtype, place):
 
 
 def test_a_tile_may_hold_a_part_of_the_dims(monkeypatch):
-    steps._tables.cache_clear()
     monkeypatch.setattr(launches, "group_of", lambda key_dims, value_dims, *rest: (key_dims // 2, value_dims // 2, 1))
-    case = doctor.Case(128, 64, bits=3.0, length=2, mask="causal")
+    case = doctor.Case(128, 64, bits=3.25, length=2, mask="causal", dtype=mx.float32)  # codes of no other test
+    plans = []
+    monkeypatch.setattr(
+        steps, "attend_by", lambda run, plan, o, own=steps.attend_by: plans.append(plan) or own(run, plan, o)
+    )
     error, own = doctor.compare(case, PLACE, run)
     assert error <= doctor.allowed(case, own)
+    assert [plan.shape.group[:3] for plan in plans] == [(64, 32, 1)]
 
 
 def test_a_back_end_that_is_not_here_is_refused(monkeypatch):

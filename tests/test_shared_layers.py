@@ -84,7 +84,7 @@ def test_a_codec_of_another_mlx_lm_packs_no_more(model, sharing):
 
 def test_inspect_says_why(model, sharing, monkeypatch):
     _, shared = sharing
-    monkeypatch.setattr(inspection, "load", lambda *args, **kwargs: [model])
+    monkeypatch.setattr(inspection, "load", lambda *args, **kwargs: (model, None))
     row = inspection.inspect_model("folder")["layers"][shared]
     assert row["packed"] is not ARRAYS_ONLY
     assert ("layers that share it" in row["why"]) is ARRAYS_ONLY

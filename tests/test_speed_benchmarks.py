@@ -61,7 +61,7 @@ def test_the_random_codec_keeps_its_budget_and_every_layer_its_own_arrays(plan):
 def test_what_caches_are_filled_with_is_like_the_random_codecs_calibration(plan):
     """Else a warning would end, in the middle of a run, what every seal does otherwise."""
     drift = filled("spectral 2", plan, tokens=1500)[0].drift
-    assert drift.overload == pytest.approx(1.0, abs=0.15)
+    assert drift.energy == pytest.approx(1.0, abs=0.15)
     assert not drift.is_large
 
 

@@ -133,7 +133,7 @@ def wait_for(*arrays: mx.array, from_bytes: int = 0) -> None:
     if mx.default_device().type != mx.DeviceType.gpu or sum(a.nbytes for a in arrays) < from_bytes:
         return
     # While MLX traces a function, nothing can be waited for.
-    with contextlib.suppress(RuntimeError, ValueError):
+    with contextlib.suppress(ValueError):
         mx.eval(arrays)
 
 

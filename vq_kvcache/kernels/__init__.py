@@ -22,7 +22,8 @@ VARIABLE = "VQ_KVCACHE_BACKEND"
 FOLDER = pathlib.Path(__file__).resolve().parent
 TEXTS = ("helpers.h", "products.h", "attend.h", "lookup.h", "columns.h", "merge.h", "encode.h", "decode.h")
 NOT_METAL = ("products.h", "lookup.h", "columns.h")  # it has products of its own, and no byte permutation
-SHARED_BYTES, MOST_THREADS, MOST_GROUPS = 232_448, 512, 4  # of a multiprocessor on CUDA, with 128 registers a thread
+# Of a multiprocessor on CUDA: shared memory, and threads and groups that have 128 registers each.
+SHARED_BYTES, MOST_THREADS, MOST_GROUPS = 232_448, 512, 4
 LEAST_INPUT = 8  # elements: Metal keeps smaller inputs in another address space
 
 # Where a thread group is, as every call of a body wants it; {floats} of shared memory, in fours.
@@ -65,7 +66,7 @@ FOLD = Body(
     ("q", "fold", "mean", "table", "params", "scale"),
     ("folded", "mean_score"),
     "(void)vq_shared;\nvq_fold_columns<T, DK, MC>(q, fold, mean, table, params, scale, folded, mean_score, vq_x, vq_y, "
-    "vq_z, TILES, vq_thread, THREADS);\n",
+    "vq_z, vq_thread, THREADS);\n",
 )
 COLUMNS = Body(
     "columns",

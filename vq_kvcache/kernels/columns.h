@@ -21,8 +21,9 @@ VQ_FN int vq_token_of(int row) { return row % 32 * 4 + row / 32; }
 template <typename T, int DK, int MC>
 VQ_FN void vq_fold_columns(VQ_IN(T) q, VQ_IN(float) fold, VQ_IN(float) mean, VQ_IN(int) table, VQ_IN(int) params,
                            VQ_IN(float) scale, VQ_OUT(vq_half) folded, VQ_OUT(float) mean_score, int x, int y, int z,
-                           int tiles, int worker, int threads) {
-  const int heads = params[VQ_H], parts = (DK + 31) / 32, left = params[VQ_G] * params[VQ_L] - z * VQ_QUERIES;
+                           int worker, int threads) {
+  const int heads = params[VQ_H], queries = params[VQ_G] * params[VQ_L], left = queries - z * VQ_QUERIES;
+  const int parts = (DK + 31) / 32, tiles = (queries + VQ_QUERIES - 1) / VQ_QUERIES;
   const VqPlace at = {0, y % heads, y / heads, z * VQ_QUERIES, left < VQ_QUERIES ? left : VQ_QUERIES, worker / 32,
                       worker % 32};
   float own[VQ_QUERIES][parts];

@@ -118,7 +118,6 @@ def most_columns(key_dims: int, value_dims: int) -> int:
     return max(key_dims, value_dims) + SPARE
 
 
-@functools.lru_cache(maxsize=1024)
 def column_table(keys: SpectralQuantizer, values: SpectralQuantizer, most: int) -> mx.array | None:
     """int32: header, entries of the heads of keys and then of values, words and runs, and the order of each head's
     columns; None when a head needs more columns or runs than there are."""
@@ -189,7 +188,7 @@ def fold(plan: "Plan", o: "Operands") -> Launch:
         (-(-(most + 1) // (FOLD_THREADS // 32)), shape.planes, tiles),
         FOLD_THREADS,
         0,
-        (("T", shape.dtype), ("DK", shape.key_dims), ("MC", most), ("TILES", tiles), ("THREADS", FOLD_THREADS)),
+        (("T", shape.dtype), ("DK", shape.key_dims), ("MC", most), ("THREADS", FOLD_THREADS)),
     )
 
 

@@ -1,7 +1,9 @@
 """What each kernel is launched with: the tables of a layer, the numbers of a step, and how work is split."""
 
 import functools
-from typing import TYPE_CHECKING, Any
+import weakref
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import mlx.core as mx
 import numpy as np
@@ -15,6 +17,8 @@ from . import DECODE, ENCODE, Launch, run
 if TYPE_CHECKING:
     from ..storage import Snapshot
 
+T = TypeVar("T")
+
 TOKENS = 64  # of a tile, VQ_TOKENS
 QUERIES = 16  # of a thread group
 HEAD_DIMS = (64, 80, 96, 112, 128, 192, 256)
@@ -26,7 +30,23 @@ HEAD_INTS = 6
 MOST_PIECES = 32  # of a head
 BOOK_BYTES = 4 * (2 * 9 * _COEFFICIENTS + 8 * MOST_PIECES)
 MOST_SPLITS = 1024
+NOTHING = 8  # elements of an operand that is not read
 STAGES = (24, 48, 96)  # words of a head that a warp fetches ahead
+
+
+def kept_with_keys(function: Callable[..., T]) -> Callable[..., T]:
+    """Decorates functions of a layer's quantizers, the keys' first: what they give is kept as long as that lives."""
+    kept: weakref.WeakKeyDictionary[SpectralQuantizer, dict[Any, tuple[Any, T]]] = weakref.WeakKeyDictionary()
+
+    @functools.wraps(function)
+    def call(keys: SpectralQuantizer, *rest: Any) -> T:
+        own = kept.setdefault(keys, {})
+        named = tuple(id(x) if isinstance(x, SpectralQuantizer) else x for x in rest)
+        if named not in own:
+            own[named] = rest, function(keys, *rest)  # the values' quantizer is held, so that its id stays its own
+        return own[named][1]
+
+    return call
 
 
 @functools.cache
@@ -53,7 +73,7 @@ def _pieces(layout: Layout, head: int) -> list[tuple[int, int, int, int, int, in
     ]  # fmt: skip
 
 
-@functools.lru_cache(maxsize=1024)
+@kept_with_keys
 def layer_table(keys: SpectralQuantizer, values: SpectralQuantizer) -> mx.array:
     """int32: header, entries of the heads of keys and then of values, their pieces (helpers.h)."""
     layouts = keys.layout, values.layout
@@ -74,7 +94,7 @@ def layer_table(keys: SpectralQuantizer, values: SpectralQuantizer) -> mx.array:
     return _evaluated(mx.array([*header, *entries, *pieces], mx.int32))
 
 
-@functools.lru_cache(maxsize=2048)
+@kept_with_keys
 def word_table(quantizer: SpectralQuantizer) -> mx.array:
     """int32 [W, ...]: for each word its head, its pieces, and of each (width, ring, shift, slots, first coordinate,
     step) (encode.h)."""
@@ -114,7 +134,7 @@ def rows(layout: Rows) -> mx.array:
 @functools.cache
 def nothing(dtype: mx.Dtype) -> mx.array:
     """An operand that is not read."""
-    return _evaluated(mx.zeros(8, dtype))
+    return _evaluated(mx.zeros(NOTHING, dtype))
 
 
 def padded(words: mx.array) -> mx.array:
@@ -182,14 +202,13 @@ def group_of(key_dims: int, value_dims: int, element: int, stage: int, place: st
     return key_dims, value_dims, 1 if place == "host" else max(fitting or alone)
 
 
-@functools.lru_cache(maxsize=1024)
+@kept_with_keys
 def head_words(keys: SpectralQuantizer, values: SpectralQuantizer) -> int:
     """The most words that keys and values of one head have together."""
     starts = keys.layout.first_words, values.layout.first_words
     return max(sum(s[h + 1] - s[h] for s in starts) for h in range(keys.layout.heads))
 
 
-GROUPS = {"cuda": 264, "metal": 240, "host": 24}  # that fill a GPU: two on each of 132 multiprocessors, six of 40 cores
 METAL_BYTES = 32_768  # of a thread group
 
 
@@ -303,6 +322,8 @@ def fits(snapshot: "Snapshot", queries: mx.array, place: str) -> bool:
     dims = snapshot.exact_keys.shape[3], snapshot.exact_values.shape[3]
     types = {queries.dtype, snapshot.exact_keys.dtype, snapshot.exact_values.dtype}
     fetched = head_words(*spectral(snapshot)) <= STAGES[-1]
-    if not (fetched and set(dims) <= set(HEAD_DIMS) and len(types) == 1):
+    rows = snapshot.layout
+    exact = max(s + rows.window_end - w for s, w in zip(rows.held_sinks, rows.window_start, strict=True))
+    if not (fetched and exact <= TOKENS * (MOST_SPLITS - 1) and set(dims) <= set(HEAD_DIMS) and len(types) == 1):
         return False
     return has_room(*dims, queries.dtype, place)

@@ -5,6 +5,7 @@ once by MLX (`attend`): what Python does for a layer is then little beside the k
 """
 
 import functools
+import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
     from ..storage import Snapshot
 
 Run = Callable[[Launch, str], list[mx.array]]
-QUERIES = 16  # of a thread group of attend.h
 GROUPS = {"cuda": 264, "metal": 240, "host": 24}  # that fill a GPU: two on each of 132 multiprocessors, six of 40 cores
 COLUMN_GROUPS = 528  # four on each
 GROUP_BYTES = 231_000  # of one thread group on CUDA
@@ -52,7 +52,7 @@ class Shape(NamedTuple):
     @property
     def row_tiles(self) -> int:
         """Thread groups that share a split."""
-        return -(-self.rows // (columns.QUERIES if self.columns else QUERIES))
+        return -(-self.rows // (columns.QUERIES if self.columns else launches.QUERIES))
 
     @property
     def tokens(self) -> int:
@@ -87,7 +87,7 @@ class Operands(NamedTuple):
     logits: mx.array
 
 
-@functools.lru_cache(maxsize=1024)
+@launches.kept_with_keys
 def _tables(keys: SpectralQuantizer, values: SpectralQuantizer, wide: bool, place: str) -> Any:
     """(columns or 0, table, group): which kernel reads these codes, and with what."""
     dims = keys.synthesis.shape[-1], values.synthesis.shape[-1]
@@ -198,7 +198,8 @@ def attend_by(run: Run, plan: Plan, o: Operands) -> mx.array:
 
 
 @functools.lru_cache(maxsize=256)
-def _traced(plan: Plan) -> Callable[..., mx.array]:
+def _traced(plan: Plan, thread: int) -> Callable[..., mx.array]:
+    # `thread`: MLX keeps what it traced by thread and by the function's address, which another function may get.
     def all_launches(words: list[mx.array], *arrays: mx.array) -> mx.array:
         return attend_by(run, plan, Operands(words, *arrays))
 
@@ -207,5 +208,8 @@ def _traced(plan: Plan) -> Callable[..., mx.array]:
 
 
 def attend(plan: Plan, o: Operands) -> mx.array:
-    """The same, traced once for each plan: MLX would otherwise put the kernels' text together at every launch."""
-    return _traced(plan)(*o)
+    """The same, traced once for each plan: MLX would otherwise put the kernels' text together at every launch. Not with
+    a mask of as many numbers as there are tokens, whose shape, and so the trace, would be another at every step."""
+    if o.hidden.size + o.added.size > 2 * launches.NOTHING:
+        return attend_by(run, plan, o)
+    return _traced(plan, threading.get_ident())(*o)
