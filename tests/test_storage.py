@@ -11,7 +11,7 @@ from conftest import like_calibrated, random_codec
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vq_kvcache.chunks import MAX_CHUNKS, SMALLEST_CHUNK, fill_pages
+from vq_kvcache.chunks import MAX_CHUNKS, SMALLEST_CHUNK, Chunk, Chunks, fill_pages
 from vq_kvcache.rows import rows_of
 from vq_kvcache.spectral.sealing import BLOCK, LAG, tokens_to_seal
 from vq_kvcache.spectral.spectral_quant import RawQuantizer
@@ -397,3 +397,15 @@ def test_check_refuses_what_does_not_fit(damage):
     damage(storage)
     with pytest.raises(ValueError, match=r"a stored cache.*; the file is damaged; make it again\."):
         storage.check()
+
+
+@pytest.mark.parametrize(
+    ("sizes", "fit"),
+    [([(64, 64), (37, 64)], True), ([(38, 40), (8, 8)], False), ([(64, 64), (0, 8)], False), ([(9, 8)], False)],
+)
+def test_chunks_that_append_never_leaves_are_told_apart(sizes, fit):
+    """Kernels read words of four tokens at once, and write levels of two."""
+    chunks = Chunks([Chunk(mx.zeros((2, 3, room), mx.uint32), tokens) for tokens, room in sizes])
+    assert chunks.fit(2, 3) is fit
+    assert not chunks.fit(1, 3)
+    assert not chunks.fit(2, 4)

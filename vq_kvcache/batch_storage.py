@@ -323,9 +323,7 @@ class BatchStorage:
             fits &= held == self.sinks or not (packed or start < self.window_end)
         fits &= self.codes.tokens == max(self.packed_tokens, default=0) and len(self.codes.held) <= MAX_CHUNKS
         width = self.key_quantizer.words + self.value_quantizer.words
-        for chunk in self.codes.held:
-            fits &= chunk.words.dtype == mx.uint32 and chunk.words.shape == (batch, width, chunk.capacity)
-            fits &= 0 < chunk.tokens <= chunk.capacity
+        fits &= self.codes.fit(batch, width)
         # The room that a cache reserves: whoever asks for a wider window than the file has room for asks for memory.
         fits &= min(self.window, self.sinks) >= 0 and self.sinks + self.window + LAG + 2 * BLOCK <= capacity
         fits &= holds_vectors(self.exact_keys, self.exact_values, self.key_quantizer, self.value_quantizer)

@@ -104,6 +104,15 @@ class Chunks:
             if self.held[-1].tokens == 0:
                 self.held.pop()
 
+    def fit(self, batch: int, width: int) -> bool:
+        """Whether these are words [batch, width, ...] as `append` leaves them: for what was read from a file."""
+        alike = all(
+            c.words.dtype == mx.uint32 and c.words.shape == (batch, width, c.capacity) and 0 < c.tokens <= c.capacity
+            for c in self.held
+        )
+        # Kernels write what they decode two tokens at a time.
+        return alike and all(c.tokens % 4 == 0 for c in self.held[:-1])
+
     def copy(self) -> "Chunks":
         """An independent twin that shares the arrays."""
         return Chunks([dataclasses.replace(chunk) for chunk in self.held], self.expected)

@@ -239,9 +239,7 @@ class Storage:
         fits &= self.exact_values.shape[::2] == (batch, capacity) and len(self.chunks) <= MAX_CHUNKS
         width = self.key_quantizer.words + self.value_quantizer.words
         fits &= self.held_sinks == self.sinks or not self.chunks
-        for chunk in self.chunks:
-            fits &= chunk.words.dtype == mx.uint32 and chunk.words.shape == (batch, width, chunk.capacity)
-            fits &= 0 < chunk.tokens <= chunk.capacity
+        fits &= self.codes.fit(batch, width)
         # The room that a cache reserves: whoever asks for a wider window than the file has room for asks for memory.
         fits &= min(self.window, self.sinks) >= 0 and self.sinks + self.window + LAG + BLOCK <= capacity
         fits &= holds_vectors(self.exact_keys, self.exact_values, self.key_quantizer, self.value_quantizer)

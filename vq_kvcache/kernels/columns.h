@@ -8,16 +8,17 @@
 enum { VQ_QUERIES = 8, VQ_COLUMN_TOKENS = 128, VQ_COLUMN_WARPS = 4 };
 
 // A layer's table, columns.py. An entry: where its words begin, words, where its runs begin, runs, first word, columns.
-// A word: (place | rings << 16, where its rings and then its codes alone begin | such codes << 16), in the order in which
-// warps take them. A ring: width | slots << 8 | shift << 16, column | tail << 16. A code: shift | width << 8 | column << 16.
+// A word: (place | rings << 16, where its rings and then its codes alone begin | such codes << 16), in the order in
+// which warps take them. A ring: width | slots << 8 | shift << 16, column | tail << 16. A code alone:
+// shift | width << 8 | column << 16.
 enum { VQ_KEY_ORDER = 6, VQ_COLUMN_ENTRY = 16, VQ_MOST_WORDS = 64, VQ_MOST_RUNS = 256 };
 
 // The token of a row of the tile: lanes turn four neighbours at a time, and rows of one store are consecutive.
 VQ_FN int vq_token_of(int row) { return row % 32 * 4 + row / 32; }
 
-// Queries in the basis of the codes, once for all splits: folded [planes, tiles of 8 queries, 8, MC], in the order of the
-// columns, and the share of the keys' mean in every score, mean_score [planes, tiles, 8]. x: as many columns as warps, and
-// after all of them the mean.
+// Queries in the basis of the codes, once for all splits: folded [planes, tiles of 8 queries, 8, MC], in the order of
+// the columns, and the share of the keys' mean in every score, mean_score [planes, tiles, 8]. x: as many columns as
+// warps, and after all of them the mean.
 template <typename T, int DK, int MC>
 VQ_FN void vq_fold_columns(VQ_IN(T) q, VQ_IN(float) fold, VQ_IN(float) mean, VQ_IN(int) table, VQ_IN(int) params,
                            VQ_IN(float) scale, VQ_OUT(vq_half) folded, VQ_OUT(float) mean_score, int x, int y, int z,
@@ -66,8 +67,8 @@ VQ_FN void vq_fold_columns(VQ_IN(T) q, VQ_IN(float) fold, VQ_IN(float) mean, VQ_
   }
 }
 
-// What a lane keeps while it walks over the tokens: of queries 2 (lane % 4) and the next the maximum and its part of the
-// sum of weights, and its fragments of the weighted sums [MC, 8].
+// What a lane keeps while it walks over the tokens: of queries 2 (lane % 4) and the next the maximum and its part of
+// the sum of weights, and its fragments of the weighted sums [MC, 8].
 template <int MC>
 struct VqColumnSums {
   float top[2], sum[2], output[MC / 16][4];
@@ -212,7 +213,8 @@ VQ_FN void vq_gather_columns(VQ_THREAD VqColumnSums<MC>& running, VQ_SHARED(cons
 template <int MC>
 struct VqColumnSpace {
   enum {
-    stride = MC + 8, chunks = 8, entries = 24, lookup = entries + 2 * 8, lists = lookup + VQ_LOOKUP, list = 2 * VQ_MOST_WORDS + VQ_MOST_RUNS,
+    stride = MC + 8, chunks = 8, entries = 24, lookup = entries + 2 * 8, lists = lookup + VQ_LOOKUP,
+    list = 2 * VQ_MOST_WORDS + VQ_MOST_RUNS,
     folded = lists + 2 * list, tile = folded + VQ_QUERIES * stride / 2,
   };
 };
@@ -257,7 +259,8 @@ VQ_FN void vq_attend_columns_packed(VQ_IN(vq_half) folded_in, VQ_IN(float) mean_
     for (int k = worker; k < 2 * entry[1]; k += THREADS) words[k] = table[entry[0] + k];
     for (int k = worker; k < entry[3]; k += THREADS) words[2 * VQ_MOST_WORDS + k] = table[entry[2] + k];
   }
-  const int own = (at.batch * heads + at.head) * ((params[VQ_G] * params[VQ_L] + VQ_QUERIES - 1) / VQ_QUERIES) + query_tile;
+  const int query_tiles = (params[VQ_G] * params[VQ_L] + VQ_QUERIES - 1) / VQ_QUERIES;
+  const int own = (at.batch * heads + at.head) * query_tiles + query_tile;
   for (int k = worker; k < VQ_QUERIES * MC; k += THREADS)
     folded[k / MC * STRIDE + k % MC] = folded_in[own * VQ_QUERIES * MC + k];
   if (worker < VQ_QUERIES) shared[worker] = mean_in[own * VQ_QUERIES + worker];
@@ -268,7 +271,10 @@ VQ_FN void vq_attend_columns_packed(VQ_IN(vq_half) folded_in, VQ_IN(float) mean_
   VQ_UNROLL
   for (int e = 0; e < 2; ++e) running.top[e] = VQ_LOWEST, running.sum[e] = 0.0f;
   VQ_UNROLL
-  for (int n = 0; n < MC / 16; ++n) running.output[n][0] = running.output[n][1] = running.output[n][2] = running.output[n][3] = 0.0f;
+  for (int n = 0; n < MC / 16; ++n) {
+    VQ_UNROLL
+    for (int k = 0; k < 4; ++k) running.output[n][k] = 0.0f;
+  }
   VqTile t;
   uint x[VQ_LANE_TOKENS];
   if (i < last_tile) {
@@ -294,7 +300,8 @@ VQ_FN void vq_attend_columns_packed(VQ_IN(vq_half) folded_in, VQ_IN(float) mean_
       }
       // While the products run, the next words come: of values, or of the next tile's keys.
       if (part == 1 && i + 1 < last_tile)
-        next = vq_next_tile<VQ_COLUMN_TOKENS>(t, chunks, count, VQ_CHUNK_NAMES, i + 1, held.packed, total_words, at.batch);
+        next = vq_next_tile<VQ_COLUMN_TOKENS>(t, chunks, count, VQ_CHUNK_NAMES, i + 1, held.packed, total_words,
+                                              at.batch);
       if (part == 0 || i + 1 < last_tile) {
         VQ_SHARED(const int) other = part ? key_entry : value_entry;
         if (at.warp < other[1]) vq_load_word(x, lists + (1 - part) * Space::list + 2 * at.warp, other, next, at);

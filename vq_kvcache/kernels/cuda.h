@@ -57,7 +57,9 @@ VQ_FN vq_half2 vq_sub(vq_half2 a, vq_half2 b) { return __hsub2(a, b); }
 
 // Four bytes of the eight of a and b, by the low four nibbles of `which`.
 VQ_FN uint vq_permute(uint a, uint b, uint which) { return __byte_perm(a, b, which); }
-VQ_FN void vq_put8(vq_half* at, const uint (&x)[4]) { *reinterpret_cast<uint4*>(at) = make_uint4(x[0], x[1], x[2], x[3]); }
+VQ_FN void vq_put8(vq_half* at, const uint (&x)[4]) {
+  *reinterpret_cast<uint4*>(at) = make_uint4(x[0], x[1], x[2], x[3]);
+}
 VQ_FN void vq_put2(vq_half* at, uint x) { *reinterpret_cast<uint*>(at) = x; }
 VQ_FN bool vq_any(bool x) { return __any_sync(0xffffffffu, x); }
 // Bytes `byte` and `byte` + 1 of a, and of b above them.
@@ -72,8 +74,8 @@ VQ_FN void vq_load4(uint* to, const uint* from) {
   to[0] = x.x, to[1] = x.y, to[2] = x.z, to[3] = x.w;
 }
 
-// Words of a tile, fetched ahead: `words` rows of TOKENS tokens; `left` tokens exist, a multiple of four. Each call is one
-// group of copies; vq_stage_wait leaves the newest group under way.
+// Words of a tile, fetched ahead: `words` rows of TOKENS tokens; `left` tokens exist, a multiple of four. Each call is
+// one group of copies; vq_stage_wait leaves the newest group under way.
 #define VQ_STAGED 1
 template <int TOKENS>
 VQ_FN void vq_stage(uint* to, const uint* from, int capacity, int left, int words, int lane) {

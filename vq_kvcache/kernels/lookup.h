@@ -1,9 +1,10 @@
-// From packed words to levels in half precision, a token a row: the levels of a word lie side by side in the token's row
-// of a tile [tokens, columns]. A warp takes one word of many tokens, so that all its lanes do the same and what depends
-// on the word alone is done once. columns.py says which column is which coordinate. For compilers with a byte permutation (CUDA, and the host's): it looks up four small indices at once.
+// From packed words to levels in half precision, a token a row: the levels of a word lie side by side in the token's
+// row of a tile [tokens, columns]. A warp takes one word of many tokens, so that all its lanes do the same and what depends
+// on the word alone is done once. columns.py says which column is which coordinate. For compilers with a byte
+// permutation (CUDA, and the host's): it looks up four small indices at once.
 
 enum {
-  VQ_ALONE_LEVELS = 16,  // in `lookup`: the levels of codes alone, in halves, width by width; before them tables of rings
+  VQ_ALONE_LEVELS = 16,  // in `lookup`: levels of codes alone, in halves, width by width; before them tables of rings
   VQ_LOOKUP = 272,       // 32-bit words of `lookup`
   VQ_LANE_TOKENS = 4,    // neighbours, of a word that a lane turns
 };
@@ -48,8 +49,8 @@ VQ_FN void vq_four(VQ_THREAD const VqBytes& t, uint nibbles, VQ_THREAD uint& a, 
 #define VQ_OFFSET_BITS(bits, raise) \
   (0x8000u | (uint)(26 - (bits) - (raise)) << 10 | ((1u << ((bits) + (raise) - 1)) - (1u << ((raise) - 1))))
 
-// The level of the index of BITS bits at bit LOW of x, and of the one at bit 16 + HIGH: the index stands in the mantissa
-// of 1024, so no integer is converted, and the polynomial is that of trellis.py. LOW, HIGH: 1 .. 10 - BITS.
+// The level of the index of BITS bits at bit LOW of x, and of the one at bit 16 + HIGH: the index stands in the
+// mantissa of 1024, so no integer is converted, and the polynomial is that of trellis.py. LOW, HIGH: 1 .. 10 - BITS.
 template <int BITS, int LOW, int HIGH>
 VQ_FN uint vq_two(uint x, VQ_THREAD const vq_half2 (&c)[3]) {
   const uint mask = ((1u << BITS) - 1u) << LOW | ((1u << BITS) - 1u) << (16 + HIGH);
@@ -142,14 +143,16 @@ struct VqRing<5> {
   }
 };
 
-// A ring of a word, x of this lane's tokens, into their rows of a tile: `row` is the first, the others are 32 rows apart.
+// A ring of a word, x of this lane's tokens, into their rows of a tile: `row` is the first, the others are 32 rows
+// apart.
 template <int W, int STRIDE>
 VQ_FN void vq_put_ring(VQ_THREAD const VqRun& p, VQ_THREAD const uint (&x)[VQ_LANE_TOKENS],
                        VQ_SHARED(const uint) lookup, VQ_SHARED(vq_half) row) {
   VqRingBook book;
   VQ_SHARED(const uint) own = lookup + (W == 1 ? 0 : W == 2 ? 2 : 3 * W - 3);
   if (W == 1) book.bytes.low[0] = book.bytes.low[1] = own[0], book.bytes.high[0] = book.bytes.high[1] = own[1];
-  if (W == 2) book.bytes.low[0] = own[0], book.bytes.low[1] = own[1], book.bytes.high[0] = own[2], book.bytes.high[1] = own[3];
+  if (W == 2) book.bytes.low[0] = own[0], book.bytes.low[1] = own[1];
+  if (W == 2) book.bytes.high[0] = own[2], book.bytes.high[1] = own[3];
   if (W > 2) {
     VQ_UNROLL
     for (int i = 0; i < 3; ++i) book.c[i] = vq_as_half2(own[i]);

@@ -1,6 +1,7 @@
 // The outputs of the splits of attend.h or columns.h, of one query -> its attention. One thread group a query: DV
 // threads of each of PARTS parts, which share the splits and then the coordinates.
-// shared: [VQ_MOST_SPLITS] shares of the splits, [PARTS, DV] sums in the basis of the codes, then of the values, [2] totals.
+// shared: [VQ_MOST_SPLITS] shares of the splits, [PARTS, DV] sums in the basis of the codes, then of the values,
+// [2] totals.
 enum { VQ_MOST_SPLITS = 1024 };
 
 template <typename T, int DV, int PARTS>
