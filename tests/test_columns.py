@@ -101,7 +101,9 @@ def test_groups_fill_the_machine():
     shape = steps.Shape("cuda", mx.float16, 1, 8, 4, 1, 128, 128, 176, (0, 0, 0, 0))
     rows = doctor.rows_of((4,), (4,), 208, (131072,))
     plan, params, _ = steps._numbers(shape, rows, 256, ((131072, 131072),), (0, 0, 0, 0, 0), False)
-    assert 0.9 * steps.COLUMN_GROUPS <= plan.splits * shape.planes <= steps.COLUMN_GROUPS
+    assert columns.groups_that_fill(176, 128) == 4 * 132
+    assert columns.groups_that_fill(304, 256) == 2 * 132  # so much shared memory does each need
+    assert 0.9 * 4 * 132 <= plan.splits * shape.planes <= 4 * 132
     numbers = np.array(params)
     assert numbers[4] == 4  # 208 exact tokens
     assert (numbers[5] - 1) * numbers[8] < 131072 // columns.TOKENS <= numbers[5] * numbers[8]

@@ -14,7 +14,7 @@ import numpy as np
 from ..spectral import codebook, trellis
 from ..spectral.packing import Layout, Segment
 from ..spectral.spectral_quant import SpectralQuantizer
-from . import COLUMNS, FOLD, Launch
+from . import COLUMNS, FOLD, MOST_GROUPS, SHARED_BYTES, Launch
 
 if TYPE_CHECKING:
     from .steps import Operands, Plan
@@ -174,6 +174,11 @@ def shared_bytes(most: int, key_dims: int) -> int:
     head = 4 * (40 + LOOKUP + 2 * (2 * MOST_WORDS + MOST_RUNS)) + 2 * QUERIES * stride
     gathering = 4 * WARPS * QUERIES * (most + 2)
     return max(head + max(2 * TOKENS * stride, gathering), 4 * QUERIES * (key_dims + 64))
+
+
+def groups_that_fill(most: int, key_dims: int) -> int:
+    """Thread groups that a GPU of 132 multiprocessors works on at once."""
+    return 132 * max(min(SHARED_BYTES // (shared_bytes(most, key_dims) + 1024), MOST_GROUPS), 1)
 
 
 def fold(plan: "Plan", o: "Operands") -> Launch:

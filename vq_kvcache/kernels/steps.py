@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
 Run = Callable[[Launch, str], list[mx.array]]
 GROUPS = {"cuda": 264, "metal": 240, "host": 24}  # that fill a GPU: two on each of 132 multiprocessors, six of 40 cores
-COLUMN_GROUPS = 528  # four on each
 GROUP_BYTES = 231_000  # of one thread group on CUDA
 
 
@@ -109,7 +108,9 @@ def _numbers(
     exact_most = max(s + layout.window_end - w for s, w in zip(layout.held_sinks, layout.window_start, strict=True))
     exact = -(-exact_most // launches.TOKENS)
     tiles = sum(-(-tokens // shape.tokens) for tokens, _ in chunks)
-    groups = COLUMN_GROUPS if shape.columns and shape.place == "cuda" else GROUPS[shape.place]
+    groups = GROUPS[shape.place]
+    if shape.columns and shape.place == "cuda":
+        groups = columns.groups_that_fill(shape.columns, shape.key_dims)
     room = groups // (shape.planes * shape.row_tiles)
     # Groups of exact tokens end soon: where there are many, packed ones follow them.
     free = room - exact if exact <= room // 4 else room
