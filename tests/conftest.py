@@ -3,9 +3,14 @@
 import importlib
 import json
 import os
+import pathlib
+import shutil
 
 # The matrices of the tests are small: on a busy machine, threads of OpenBLAS wait for each other for seconds.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+if (compiler := shutil.which("g++")) and "VQ_KVCACHE_GXX" not in os.environ:
+    os.environ["VQ_KVCACHE_GXX"] = compiler
+    os.environ["PATH"] = os.pathsep.join([str(pathlib.Path(__file__).parent / "compiler"), os.environ["PATH"]])
 
 import mlx.core as mx
 import mlx_lm
