@@ -1,6 +1,6 @@
 """One attention over a cache as launches: queries folded, tokens attended to split by split, splits merged.
 
-What is the same in every layer of a decoding step is found once (`plan_of`), and the launches of one plan are traced
+What is the same in every layer of a decoding step is found once (`_numbers`), and the launches of one plan are traced
 once by MLX (`attend`): what Python does for a layer is then little beside the kernels.
 """
 
