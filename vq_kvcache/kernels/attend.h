@@ -21,6 +21,14 @@ struct VqPlace {
   int split, head, batch, first, rows, warp, lane;  // first: query of this KV head; rows: how many of them are here
 };
 
+// x the split, y head and batch row, z as many queries of a group of query heads as a thread group takes.
+template <int QUERIES>
+VQ_FN VqPlace vq_place(VQ_IN(int) params, int x, int y, int z, int worker) {
+  const int heads = params[VQ_H], left = params[VQ_G] * params[VQ_L] - z * QUERIES;
+  const VqPlace at = {x, y % heads, y / heads, z * QUERIES, left < QUERIES ? left : QUERIES, worker / 32, worker % 32};
+  return at;
+}
+
 struct VqRows {
   int sinks, start, end, packed;
 };
@@ -411,9 +419,7 @@ VQ_FN void vq_attend(VQ_IN(T) q, VQ_IN(T) keys, VQ_IN(T) values, VQ_CHUNK_ARGUME
                      VQ_IN(float) fold, VQ_IN(float) mean, VQ_IN(int) table, VQ_IN(float) levels, VQ_IN(int) params,
                      VQ_IN(float) scale, VQ_IN(unsigned char) hidden, VQ_IN(float) added, VQ_OUT(float) sums,
                      VQ_OUT(float) outputs, VQ_SHARED(float) shared, int x, int y, int z, int worker) {
-  const int heads = params[VQ_H];
-  const int left = params[VQ_G] * params[VQ_L] - z * 16;
-  const VqPlace at = {x, y % heads, y / heads, z * 16, left < 16 ? left : 16, worker / 32, worker % 32};
+  const VqPlace at = vq_place<16>(params, x, y, z, worker);
   const VqRows held = vq_rows(rows, at.batch);
   if (x < params[VQ_EXACT_SPLITS]) {
     vq_attend_exact<T, DK, DV, 16>(q, keys, values, held, params, DV, scale[0], hidden, added, sums, outputs, shared,

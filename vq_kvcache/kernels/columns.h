@@ -16,6 +16,8 @@ enum { VQ_KEY_ORDER = 6, VQ_COLUMN_ENTRY = 16, VQ_MOST_WORDS = 64, VQ_MOST_RUNS 
 // The token of a row of the tile: lanes turn four neighbours at a time, and rows of one store are consecutive.
 VQ_FN int vq_token_of(int row) { return row % 32 * 4 + row / 32; }
 
+VQ_FN int vq_query_tiles(VQ_IN(int) params) { return (params[VQ_G] * params[VQ_L] + VQ_QUERIES - 1) / VQ_QUERIES; }
+
 // Queries in the basis of the codes, once for all splits: folded [planes, tiles of 8 queries, 8, MC], in the order of
 // the columns, and the share of the keys' mean in every score, mean_score [planes, tiles, 8]. x: as many columns as
 // warps, and after all of them the mean.
@@ -23,10 +25,8 @@ template <typename T, int DK, int MC>
 VQ_FN void vq_fold_columns(VQ_IN(T) q, VQ_IN(float) fold, VQ_IN(float) mean, VQ_IN(int) table, VQ_IN(int) params,
                            VQ_IN(float) scale, VQ_OUT(vq_half) folded, VQ_OUT(float) mean_score, int x, int y, int z,
                            int worker, int threads) {
-  const int heads = params[VQ_H], queries = params[VQ_G] * params[VQ_L], left = queries - z * VQ_QUERIES;
-  const int parts = (DK + 31) / 32, tiles = (queries + VQ_QUERIES - 1) / VQ_QUERIES;
-  const VqPlace at = {0, y % heads, y / heads, z * VQ_QUERIES, left < VQ_QUERIES ? left : VQ_QUERIES, worker / 32,
-                      worker % 32};
+  const int parts = (DK + 31) / 32, tiles = vq_query_tiles(params);
+  const VqPlace at = vq_place<VQ_QUERIES>(params, 0, y, z, worker);
   float own[VQ_QUERIES][parts];
   VQ_UNROLL
   for (int r = 0; r < VQ_QUERIES; ++r) {
@@ -259,8 +259,7 @@ VQ_FN void vq_attend_columns_packed(VQ_IN(vq_half) folded_in, VQ_IN(float) mean_
     for (int k = worker; k < 2 * entry[1]; k += THREADS) words[k] = table[entry[0] + k];
     for (int k = worker; k < entry[3]; k += THREADS) words[2 * VQ_MOST_WORDS + k] = table[entry[2] + k];
   }
-  const int query_tiles = (params[VQ_G] * params[VQ_L] + VQ_QUERIES - 1) / VQ_QUERIES;
-  const int own = (at.batch * heads + at.head) * query_tiles + query_tile;
+  const int own = (at.batch * heads + at.head) * vq_query_tiles(params) + query_tile;
   for (int k = worker; k < VQ_QUERIES * MC; k += THREADS)
     folded[k / MC * STRIDE + k % MC] = folded_in[own * VQ_QUERIES * MC + k];
   if (worker < VQ_QUERIES) shared[worker] = mean_in[own * VQ_QUERIES + worker];
@@ -330,9 +329,7 @@ VQ_FN void vq_attend_columns(VQ_IN(T) q, VQ_IN(T) keys, VQ_IN(T) values, VQ_CHUN
                              VQ_IN(int) params, VQ_IN(float) scale, VQ_IN(unsigned char) hidden, VQ_IN(float) added,
                              VQ_OUT(float) sums, VQ_OUT(float) outputs, VQ_SHARED(float) shared, int x, int y, int z,
                              int worker) {
-  const int heads = params[VQ_H], left = params[VQ_G] * params[VQ_L] - z * VQ_QUERIES;
-  const VqPlace at = {x, y % heads, y / heads, z * VQ_QUERIES, left < VQ_QUERIES ? left : VQ_QUERIES, worker / 32,
-                      worker % 32};
+  const VqPlace at = vq_place<VQ_QUERIES>(params, x, y, z, worker);
   const VqRows held = vq_rows(rows, at.batch);
   if (x < params[VQ_EXACT_SPLITS]) {
     vq_attend_exact<T, DK, DV, VQ_QUERIES>(q, keys, values, held, params, table[VQ_OUTPUT_WIDTH], scale[0], hidden,
