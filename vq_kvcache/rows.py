@@ -32,6 +32,12 @@ class Rows:
         return max(self.lengths, default=0)
 
     @functools.cached_property
+    def most_exact(self) -> int:
+        """Exact tokens of the row that holds the most of them."""
+        columns = zip(self.held_sinks, self.window_start, strict=True)
+        return max((sinks + self.window_end - start for sinks, start in columns), default=0)
+
+    @functools.cached_property
     def alike(self) -> bool:
         """Whether all rows have the same counts, so that slices serve all of them."""
         return all(len(set(counts)) < 2 for counts in (self.held_sinks, self.window_start, self.packed_tokens))

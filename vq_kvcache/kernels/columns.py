@@ -15,6 +15,7 @@ from ..spectral import codebook, trellis
 from ..spectral.packing import Layout, Segment
 from ..spectral.spectral_quant import SpectralQuantizer
 from . import COLUMNS, FOLD, MOST_GROUPS, SHARED_BYTES, Launch
+from .launches import HEAD_INTS, evaluated
 
 if TYPE_CHECKING:
     from .steps import Operands, Plan
@@ -25,7 +26,6 @@ WARPS = 4
 FOLD_THREADS = 256
 MOST_WORDS = 64  # of a head's keys, or values
 MOST_RUNS = 256  # numbers that tell of their runs
-ENTRY_INTS = 6
 HEADER_INTS = 16
 LOOKUP = 272
 ALONE_LEVELS = 16
@@ -128,7 +128,7 @@ def column_table(keys: SpectralQuantizer, values: SpectralQuantizer, most: int) 
         len(c.order) > most or len(c.runs) > MOST_RUNS or len(c.words) > 2 * MOST_WORDS for part in made for c in part
     ):
         return None
-    start = HEADER_INTS + 2 * heads * ENTRY_INTS
+    start = HEADER_INTS + 2 * heads * HEAD_INTS
     entries: list[int] = []
     lists: list[int] = []
     for part, (layout, own) in enumerate(zip(layouts, made, strict=True)):
@@ -146,9 +146,7 @@ def column_table(keys: SpectralQuantizer, values: SpectralQuantizer, most: int) 
     for part, own in enumerate(made):
         for columns in own:
             table += [*columns.order, *([-1] * ((width if part else most) - len(columns.order)))]
-    result = mx.array(table, mx.int32)
-    mx.eval(result)
-    return result
+    return evaluated(mx.array(table, mx.int32))
 
 
 @functools.cache
@@ -163,9 +161,7 @@ def lookup() -> mx.array:
         table[3 * width - 3 : 3 * width] = halves | halves << 16
     alone = np.concatenate([codebook.levels(width) for width in range(1, codebook.MAX_BITS + 1)]).astype(np.float16)
     table[ALONE_LEVELS : ALONE_LEVELS + len(alone) // 2] = alone.view(np.uint32)
-    result = mx.array(table.view(np.int32))
-    mx.eval(result)
-    return result
+    return evaluated(mx.array(table.view(np.int32)))
 
 
 def shared_bytes(most: int, key_dims: int) -> int:

@@ -31,6 +31,7 @@ MOST_PIECES = 32  # of a head
 BOOK_BYTES = 4 * (2 * 9 * _COEFFICIENTS + 8 * MOST_PIECES)
 MOST_SPLITS = 1024
 NOTHING = 8  # elements of an operand that is not read
+GROUP_BYTES = 231_000  # of one thread group on CUDA
 STAGES = (24, 48, 96)  # words of a head that a warp fetches ahead
 
 
@@ -56,11 +57,12 @@ def levels() -> mx.array:
     for ring, source in enumerate((codebook.COEFFICIENTS, trellis.COEFFICIENTS)):
         for width, coefficients in source.items():
             table[ring, width, : len(coefficients)] = coefficients
-    return _evaluated(mx.array(table))
+    return evaluated(mx.array(table))
 
 
-def _evaluated(array: mx.array) -> mx.array:
-    mx.eval(array)  # other threads, with streams of their own, must find it computed
+def evaluated(array: mx.array) -> mx.array:
+    """The array, computed: other threads, with streams of their own, must find it so."""
+    mx.eval(array)
     return array
 
 
@@ -91,7 +93,7 @@ def layer_table(keys: SpectralQuantizer, values: SpectralQuantizer) -> mx.array:
             entries += [start + len(pieces), len(rows), len(layout.order[h]), base + part * keys.words, held, 0]
             for *piece, first_word, first in rows:
                 pieces += [*piece, first_word - base, first, 0]
-    return _evaluated(mx.array([*header, *entries, *pieces], mx.int32))
+    return evaluated(mx.array([*header, *entries, *pieces], mx.int32))
 
 
 @kept_with_keys
@@ -108,7 +110,7 @@ def word_table(quantizer: SpectralQuantizer) -> mx.array:
                 head_of[first_word + w] = h
     longest = max(map(len, words))
     rows = [[h, len(w) // 6, *w, *([0] * (longest - len(w)))] for h, w in zip(head_of, words, strict=True)]
-    return _evaluated(mx.array([i for row in rows for i in row], mx.int32).reshape(len(rows), -1))
+    return evaluated(mx.array([i for row in rows for i in row], mx.int32).reshape(len(rows), -1))
 
 
 @functools.lru_cache(maxsize=64)
@@ -134,7 +136,7 @@ def rows(layout: Rows) -> mx.array:
 @functools.cache
 def nothing(dtype: mx.Dtype) -> mx.array:
     """An operand that is not read."""
-    return _evaluated(mx.zeros(NOTHING, dtype))
+    return evaluated(mx.zeros(NOTHING, dtype))
 
 
 def padded(words: mx.array) -> mx.array:
@@ -142,12 +144,19 @@ def padded(words: mx.array) -> mx.array:
     return mx.pad(words, [(0, 0), (0, 0), (0, -words.shape[-1] % 4)])
 
 
-def chunk_inputs(snapshot: "Snapshot") -> tuple[list[mx.array], list[int], int]:
-    """The word buffers, eight of them, (tokens, capacity) of each, and tiles in all."""
-    words = [w if w.shape[-1] % 4 == 0 else padded(w) for w, _ in snapshot.packed]
-    counts = [n for (_, tokens), w in zip(snapshot.packed, words, strict=True) for n in (tokens, w.shape[-1])]
-    tiles = sum(-(-tokens // TOKENS) for _, tokens in snapshot.packed)
-    return words + [words[0]] * (8 - len(words)), counts, tiles
+Chunks = tuple[tuple[int, int], ...]
+
+
+def chunk_inputs(snapshot: "Snapshot") -> tuple[list[mx.array], Chunks]:
+    """The word buffers, eight of them, and (tokens, capacity) of each that holds any."""
+    words = [padded(w) if w.shape[-1] % 4 else w for w, _ in snapshot.packed]
+    chunks = tuple((tokens, w.shape[-1]) for (_, tokens), w in zip(snapshot.packed, words, strict=True))
+    return words + [words[0]] * (8 - len(words)), chunks
+
+
+def tiles_of(chunks: Chunks, tokens: int) -> int:
+    """Tiles of so many tokens: none reaches from one chunk into the next."""
+    return sum(-(-held // tokens) for held, _ in chunks)
 
 
 def mask_inputs(mask: Any) -> tuple[int, tuple[int, int, int, int], mx.array, mx.array]:
@@ -198,7 +207,7 @@ def group_of(key_dims: int, value_dims: int, element: int, stage: int, place: st
         warps = 2 if low[2] >= 32 else 1
         return tile_rows(key_dims, rows[warps]), tile_rows(value_dims, rows[warps]), warps
     fitting = [w for w in range(4, 7) if need(most, w) <= 115_600]  # beside a second group
-    alone = [w for w in range(1, 7) if need(most, w) <= 231_000]
+    alone = [w for w in range(1, 7) if need(most, w) <= GROUP_BYTES]
     return key_dims, value_dims, 1 if place == "host" else max(fitting or alone)
 
 
@@ -233,12 +242,12 @@ def encode(quantizer: SpectralQuantizer, x: mx.array) -> Launch:
 def decode(snapshot: "Snapshot", part: int, first_head: int, heads: int, dtype: mx.Dtype) -> Launch:
     """The launch of decode.h: levels [B, heads, dims, tokens, to an even number] of keys (0) or values (1)."""
     keys, values = spectral(snapshot)
-    words, counts, tiles = chunk_inputs(snapshot)
+    words, chunks = chunk_inputs(snapshot)
     tokens, all_heads = snapshot.packed_tokens, keys.layout.heads
     dims = (keys, values)[part].layout.stored
     stride = tokens + tokens % 2
     params = ints(
-        (heads, first_head, 16 + part * all_heads * HEAD_INTS, tokens, stride, len(snapshot.packed), dims, 0, *counts)
+        (heads, first_head, 16 + part * all_heads * HEAD_INTS, tokens, stride, len(chunks), dims, 0, *sum(chunks, ()))
     )
     batch = snapshot.exact_keys.shape[0]
     return Launch(
@@ -246,7 +255,7 @@ def decode(snapshot: "Snapshot", part: int, first_head: int, heads: int, dtype: 
         [*words, layer_table(keys, values), levels(), params],
         [(batch, heads, dims, stride)],
         [dtype],
-        (tiles, heads, batch),
+        (tiles_of(chunks, TOKENS), heads, batch),
         32,
         64 + BOOK_BYTES,
         (("E", dtype),),
@@ -302,8 +311,12 @@ def decodes(keys: Quantizer, values: Quantizer) -> bool:
     """Whether the kernels read these codes."""
     if not (isinstance(keys, SpectralQuantizer) and isinstance(values, SpectralQuantizer)):
         return False
-    segments = [s for layout in (keys.layout, values.layout) for s in layout.segments]
-    return bool(keys.words and values.words) and max(map(len, segments)) <= MOST_PIECES
+    return bool(keys.words and values.words) and _most_pieces(keys, values) <= MOST_PIECES
+
+
+@kept_with_keys
+def _most_pieces(keys: SpectralQuantizer, values: SpectralQuantizer) -> int:
+    return max(len(segments) for layout in (keys.layout, values.layout) for segments in layout.segments)
 
 
 def has_room(key_dims: int, value_dims: int, dtype: mx.Dtype, place: str) -> bool:
@@ -322,8 +335,7 @@ def fits(snapshot: "Snapshot", queries: mx.array, place: str) -> bool:
     dims = snapshot.exact_keys.shape[3], snapshot.exact_values.shape[3]
     types = {queries.dtype, snapshot.exact_keys.dtype, snapshot.exact_values.dtype}
     fetched = head_words(*spectral(snapshot)) <= STAGES[-1]
-    rows = snapshot.layout
-    exact = max(s + rows.window_end - w for s, w in zip(rows.held_sinks, rows.window_start, strict=True))
-    if not (fetched and exact <= TOKENS * (MOST_SPLITS - 1) and set(dims) <= set(HEAD_DIMS) and len(types) == 1):
+    few = snapshot.layout.most_exact <= TOKENS * (MOST_SPLITS - 1)
+    if not (fetched and few and set(dims) <= set(HEAD_DIMS) and len(types) == 1):
         return False
     return has_room(*dims, queries.dtype, place)

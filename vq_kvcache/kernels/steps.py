@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
 Run = Callable[[Launch, str], list[mx.array]]
 GROUPS = {"cuda": 264, "metal": 240, "host": 24}  # that fill a GPU: two on each of 132 multiprocessors, six of 40 cores
-GROUP_BYTES = 231_000  # of one thread group on CUDA
 
 
 class Shape(NamedTuple):
@@ -91,7 +90,7 @@ def _tables(keys: SpectralQuantizer, values: SpectralQuantizer, wide: bool, plac
     """(columns or 0, table, group): which kernel reads these codes, and with what."""
     dims = keys.synthesis.shape[-1], values.synthesis.shape[-1]
     most = columns.most_columns(*dims)
-    if not wide and place != "metal" and columns.shared_bytes(most, dims[0]) <= GROUP_BYTES:
+    if not wide and place != "metal" and columns.shared_bytes(most, dims[0]) <= launches.GROUP_BYTES:
         table = columns.column_table(keys, values, most)
         if table is not None:
             return most, table, (0, 0, 0, 0)
@@ -102,12 +101,11 @@ def _tables(keys: SpectralQuantizer, values: SpectralQuantizer, wide: bool, plac
 
 @functools.lru_cache(maxsize=256)
 def _numbers(
-    shape: Shape, layout: Rows, capacity: int, chunks: tuple[tuple[int, int], ...], mask: tuple[int, ...], sinks: bool
+    shape: Shape, layout: Rows, capacity: int, chunks: launches.Chunks, mask: tuple[int, ...], sinks: bool
 ) -> tuple[Plan, mx.array, mx.array]:
     """The plan, `params` and `rows`. chunks: tokens and capacity of each; mask: its kind and strides."""
-    exact_most = max(s + layout.window_end - w for s, w in zip(layout.held_sinks, layout.window_start, strict=True))
-    exact = -(-exact_most // launches.TOKENS)
-    tiles = sum(-(-tokens // shape.tokens) for tokens, _ in chunks)
+    exact = -(-layout.most_exact // launches.TOKENS)
+    tiles = launches.tiles_of(chunks, shape.tokens)
     groups = GROUPS[shape.place]
     if shape.columns and shape.place == "cuda":
         groups = columns.groups_that_fill(shape.columns, shape.key_dims)
@@ -117,10 +115,9 @@ def _numbers(
     splits = max(1, min(free, -(-tiles // max(shape.group[2], 1)), launches.MOST_SPLITS - exact))
     each = -(-tiles // splits)
     splits = -(-tiles // each)
-    flat = [number for chunk in chunks for number in chunk]
     params = (
         shape.batch, shape.heads, shape.group_queries, shape.length, exact, splits, capacity, tiles, each, *mask,
-        len(chunks), int(sinks), *flat,
+        len(chunks), int(sinks), *sum(chunks, ()),
     )  # fmt: skip
     return Plan(shape, exact + splits), launches.ints(params), launches.rows(layout)
 
@@ -136,13 +133,12 @@ def step(
     shape = Shape(
         place, queries.dtype, batch, heads, query_heads // heads, length, key_dims, value_dims, most, group
     )  # fmt: skip
-    words = [launches.padded(w) if w.shape[-1] % 4 else w for w, _ in snapshot.packed]
-    chunks = tuple((tokens, w.shape[-1]) for (_, tokens), w in zip(snapshot.packed, words, strict=True))
+    words, chunks = launches.chunk_inputs(snapshot)
     kind, strides, hidden, added = launches.mask_inputs(mask)
     plan, params, held = _numbers(shape, snapshot.layout, capacity, chunks, (kind, *strides), sinks is not None)
     logits = launches.nothing(mx.float32) if sinks is None else sinks.astype(mx.float32)
     return plan, Operands(
-        words + [words[0]] * (8 - len(words)), queries, snapshot.exact_keys, snapshot.exact_values, held, params,
+        words, queries, snapshot.exact_keys, snapshot.exact_values, held, params,
         launches.scale(scale), hidden, added, table, keys.synthesis, keys.mean, values.synthesis, values.mean, logits,
     )  # fmt: skip
 
