@@ -12,10 +12,8 @@ import pathlib
 import measure
 
 from vq_kvcache import measuring
-from vq_kvcache.cache import CacheOptions
 from vq_kvcache.report_page import page
 from vq_kvcache.spectral.files import write_atomically
-from vq_kvcache.spectral.sealing import scored_mass
 
 RESULTS = pathlib.Path(__file__).resolve().parent / "results"
 
@@ -25,8 +23,7 @@ def main() -> None:
     for file in sorted(RESULTS.glob("compare-*.json")):
         report = json.loads(file.read_text("utf-8"))
         scored = max(m["positions"] for m in report["methods"])
-        mass = scored_mass(measuring.edges_of(measuring.PREFILL + scored), CacheOptions().window, CacheOptions().sinks)
-        report = measure.predict_again(report, mass)
+        report = measure.predict_again(report, measuring.mass_of(measuring.PREFILL + scored))
         write_atomically(file, (json.dumps(report) + "\n").encode())
         write_atomically(file.with_suffix(".html"), page(report).encode())
         print(file.with_suffix(".html").name)

@@ -17,7 +17,7 @@ from mlx_lm.models.cache import KVCache, QuantizedKVCache
 from vq_kvcache import Codec, SpectralKVCache
 from vq_kvcache.cache import LOSSLESS
 from vq_kvcache.hooks import own_caches
-from vq_kvcache.measuring import Scores, joined, judged, log_softmax
+from vq_kvcache.measuring import Scores, edges_of, joined, judged, log_softmax
 from vq_kvcache.spectral.calibrate import (
     calibrate_spectral_rotation,
     codec_for,
@@ -164,8 +164,7 @@ def scores(
     reference = own_caches(model)
     held = {name: make() for name, make in makers.items()}
     rows: dict[str, list[list[np.ndarray]]] = {name: [] for name in makers}
-    edges = [0, *range(prefill, ids.shape[1], step), ids.shape[1]]
-    for start, end in itertools.pairwise(edges):
+    for start, end in itertools.pairwise(edges_of(ids.shape[1], step, prefill)):
         chunk, following = ids[:, start:end], ids[:, start + 1 : end + 1]
         expected = log_softmax(model(chunk, cache=reference))
         mx.eval(expected, [c.state for c in reference])

@@ -22,6 +22,7 @@ import numpy as np
 from tqdm import tqdm
 
 from vq_kvcache.hooks import own_caches
+from vq_kvcache.measuring import PREFILL
 from vq_kvcache.spectral.calibrate import calibrate_codec
 from vq_kvcache.spectral.calibration_text import Placed, built_in_texts, cut, encode
 from vq_kvcache.spectral.codec import Codec
@@ -29,7 +30,6 @@ from vq_kvcache.spectral.forward_only import run_observed
 
 SHARES = (0.001, 0.003, 0.01)
 STEPS_UP = (0.0, 0.125, 0.25, 0.5)  # bits: what the same memory would buy
-PREFILL = 256
 Change = Callable[[mx.array], mx.array]
 
 

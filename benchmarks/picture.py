@@ -12,8 +12,8 @@ import numpy as np
 from vq_kvcache.demo import model_folder
 from vq_kvcache.options import CacheOptions
 from vq_kvcache.spectral.codec import Codec
+from vq_kvcache.spectral.sealing import BLOCK, LAG
 from vq_kvcache.spectral.spectral_quant import SpectralQuantizer
-from vq_kvcache.storage import BLOCK, LAG
 
 FILE = pathlib.Path(__file__).resolve().parent / "results" / "method.svg"
 BITS, LAYER = 2.0, 1

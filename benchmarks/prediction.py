@@ -17,10 +17,10 @@ from typing import Any
 import measure
 import mlx.core as mx
 import numpy as np
-from quality import PREFILL, edges_of
 from tqdm import tqdm
 
 from vq_kvcache import Codec, SpectralKVCache, make_prompt_cache
+from vq_kvcache.measuring import PREFILL, edges_of
 from vq_kvcache.spectral.sealing import calibration_mass, packed_of, scored_mass
 
 CONTEXTS = (512, 1024, 2048)

@@ -24,13 +24,11 @@ import numpy as np
 from tqdm import tqdm
 
 from vq_kvcache import Codec, SpectralKVCache, make_prompt_cache
-from vq_kvcache.cache import CacheOptions
 from vq_kvcache.hooks import attach, detach, own_caches
+from vq_kvcache.measuring import PREFILL, mass_of, stored_bits
 from vq_kvcache.spectral.calibration_text import encode
 from vq_kvcache.spectral.files import write_atomically
-from vq_kvcache.spectral.sealing import scored_mass
 
-PREFILL = 256
 STEPS = {"decode": 16, "prefill": 256}
 DOMAINS = ("drama", "encyclopaedia", "factbook", "prose", "python")
 DOCUMENTED = {"documented 4/1": (4, 1, False), "documented filled": (4, 3, True)}
@@ -86,9 +84,7 @@ def _documented(model: Any, rotations: Any, signal: int, noise: int, fill: bool)
 def true_bits(caches: list[Any], told: float) -> float:
     """Stored bits per number of spectral caches, from their layouts; what was told of the others."""
     plan = getattr(caches[0], "_plan", None)
-    layers = [] if plan is None else plan.layers.values()
-    stored = [q.bits_per_value for layer in layers for q in (layer.keys, layer.values) if q is not None]
-    return float(np.mean(stored)) if stored else told
+    return stored_bits(plan) if plan is not None and plan.layers else told
 
 
 def texts_of(tokenizer: Any, context: int, positions: int) -> dict[str, list[list[int]]]:
@@ -99,17 +95,6 @@ def texts_of(tokenizer: Any, context: int, positions: int) -> dict[str, list[lis
         count = min(-(-positions // (context - PREFILL)), len(ids) // context)
         found[domain] = [ids[i * context : (i + 1) * context] for i in range(count)]
     return found
-
-
-def edges_of(context: int, step: int) -> list[int]:
-    """Where the pieces begin and end in which a text is read; all after the first are scored."""
-    return [0, *range(PREFILL, context, step), context]
-
-
-def mass_of(context: int, mode: str) -> float:
-    """What errors weigh in the mean scored position, behind caches with the default window and sinks."""
-    exact = CacheOptions()
-    return scored_mass(edges_of(context, STEPS[mode]), exact.window, exact.sinks)
 
 
 def cell(found: measure.Scores, bits: float, nbytes: float | None) -> dict[str, Any]:
@@ -178,7 +163,7 @@ def main() -> None:
     if args.predict_only:
         for written in sorted(measure.RESULTS.glob(f"quality-{pathlib.Path(args.model).name}-*.json")):
             result = json.loads(written.read_text())
-            again = measure.predict_again(result, mass_of(result["context"], result["mode"]))
+            again = measure.predict_again(result, mass_of(result["context"], STEPS[result["mode"]]))
             write_atomically(written, (json.dumps(again, indent=1) + "\n").encode())
         return
     model, tokenizer, head_dim, codec, identity = measure.load_with_codec(args.model, args.codec)
@@ -196,7 +181,7 @@ def main() -> None:
     wanted = [m for m in table if any(f"{d}/{m}" not in cells for d in texts)]
     on_gpu = mx.default_device() == mx.gpu
     batch = args.batch or (128 if on_gpu else 8)
-    mass = mass_of(args.context, args.mode)
+    mass = mass_of(args.context, STEPS[args.mode])
     predicted = {f"{b:g}": codec.kl_of_mass(b, mass) for b in bits} if codec.in_nats else {}
     at_once = AT_ONCE * (2 if on_gpu else 1)
     for i in range(0, len(wanted), at_once):

@@ -21,11 +21,11 @@ from quality import Makers, methods
 from tqdm import tqdm
 
 from vq_kvcache.hooks import own_caches
+from vq_kvcache.measuring import PREFILL
 from vq_kvcache.spectral.calibration_text import encode
 
 DISTANCES = (500, 1000, 2000, 3500)  # tokens from the planted answer to where it is asked for
 LEAD = 64  # tokens of prose before the planted sentence: it is no sink
-PREFILL = 256
 SYLLABLES = ("bar", "dul", "fen", "gor", "hal", "kim", "lor", "mun", "nev", "pol", "quin", "rath", "sel", "tov", "wex")
 SENTENCE = "\n\nThe hidden treasure of Captain {name} lies in the castle of {place}, under {number} stones.\n\n"
 METHODS = "full precision,spectral,random rotation,mlx affine,mlx as shipped"

@@ -37,7 +37,7 @@ from vq_kvcache.batch_cache import BatchSpectralKVCache
 from vq_kvcache.spectral import intercept
 from vq_kvcache.spectral.bit_allocator import gaussian_costs
 from vq_kvcache.spectral.codec import Codec, LayerQuantizers, Plan, Transforms
-from vq_kvcache.storage import BLOCK
+from vq_kvcache.spectral.sealing import BLOCK
 from vq_kvcache.trust import trusted, trusted_codes
 
 SMALL = LLAMA_8B | {

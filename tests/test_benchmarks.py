@@ -103,7 +103,7 @@ def test_predictions_made_again_are_those_of_the_codec():
     shipped = Codec.load(next((demo.model_folder().parent / "codecs").iterdir()))
     for context, mode in ((1024, "decode"), (4096, "prefill")):
         made = {"codec": shipped.provenance, "context": context, "mode": mode, "cells": {}}
-        mass = quality.mass_of(context, mode)
+        mass = quality.mass_of(context, quality.STEPS[mode])
         # What earlier versions stored: costs shared out among the tokens behind window and sinks.
         cost = shipped.kl_of_mass(2.0, calibration_mass(1024, 128, 4))
         first = measure.predict_again(made | {"predicted_kl": {"2": cost * 1024 / (1024 - 132)}}, mass)

@@ -17,7 +17,7 @@ from mlx_lm.models.cache import BatchKVCache, KVCache
 from vq_kvcache.batch_cache import BatchSpectralKVCache
 from vq_kvcache.cache import SpectralKVCache
 from vq_kvcache.spectral import intercept
-from vq_kvcache.storage import BLOCK, LAG
+from vq_kvcache.spectral.sealing import BLOCK, LAG
 
 CONFIG = speed.SMALL | {"num_hidden_layers": 2}
 TOKENS = 4 + 128 + LAG + 2 * BLOCK  # sinks, window, and two packed blocks

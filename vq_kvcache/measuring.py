@@ -162,16 +162,21 @@ def scores(
     return {name: joined(parts) for name, parts in rows.items()}, held
 
 
-def edges_of(tokens: int) -> list[int]:
-    """Where the pieces begin and end in which `scores` reads a text of so many tokens."""
-    return [0, *range(PREFILL, tokens, LAG), tokens]
+def edges_of(tokens: int, step: int = LAG, first: int = PREFILL) -> list[int]:
+    """Where the pieces begin and end in which a text of so many tokens is read; all after the first are scored."""
+    return [0, *range(first, tokens, step), tokens]
+
+
+def mass_of(tokens: int, step: int = LAG) -> float:
+    """What errors weigh in the mean scored position, behind caches with the default window and sinks."""
+    exact = CacheOptions()
+    return scored_mass(edges_of(tokens, step), exact.window, exact.sinks)
 
 
 def predicted(codec: Codec, bits: Sequence[float], tokens: int) -> Row:
     """Mean KL that the codec predicts for the positions that `scores` scores, by budget ({} where it has none), and
     what errors weigh in them."""
-    exact = CacheOptions()
-    mass = scored_mass(edges_of(tokens), exact.window, exact.sinks)
+    mass = mass_of(tokens)
     kl = {f"{b:g}": codec.kl_of_mass(b, mass) for b in bits} if codec.in_nats else {}
     return {"predicted_kl": kl, "far_mass": mass}
 
