@@ -32,7 +32,7 @@ from mlx_lm.generate import GenerationBatch, StopSequences, generate_step, gener
 from mlx_lm.models.cache import BatchKVCache, KVCache
 from tqdm import tqdm
 
-from vq_kvcache import SpectralKVCache, kernels
+from vq_kvcache import SpectralKVCache, doctor, kernels
 from vq_kvcache.batch_cache import BatchSpectralKVCache
 from vq_kvcache.spectral import intercept
 from vq_kvcache.spectral.bit_allocator import gaussian_costs
@@ -56,10 +56,10 @@ def random_plan(config: dict[str, Any], bits: float) -> Plan:
     heads, dims = config["num_key_value_heads"], config["head_dim"]
     generator, pair = np.random.default_rng(0), []
     for _ in range(2):
-        falling = [4.0 * (0.85 + 0.1 * h / heads) ** np.arange(dims) + 0.05 for h in range(heads)]
-        bases = [np.linalg.qr(generator.normal(size=(dims, dims)))[0] * np.sqrt(v) for v in falling]
-        costs = np.stack([gaussian_costs(v) for v in falling])
-        parts = np.zeros((heads, dims)), np.stack(bases), np.stack(falling), costs, np.ones_like(costs)
+        spectra = [doctor.falling(dims, h, heads) for h in range(heads)]
+        bases = [np.linalg.qr(generator.normal(size=(dims, dims)))[0] * np.sqrt(v) for v in spectra]
+        costs = np.stack([gaussian_costs(v) for v in spectra])
+        parts = np.zeros((heads, dims)), np.stack(bases), np.stack(spectra), costs, np.ones_like(costs)
         pair.append(Transforms(*(part.astype(np.float32) for part in parts)))
     plan = Codec("random", {0: (pair[0], pair[1])}, {"objective": "none"}).plan(bits)
     layers = [plan.layers[0]] + [_copied(plan.layers[0]) for _ in range(1, config["num_hidden_layers"])]

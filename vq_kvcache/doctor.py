@@ -82,6 +82,11 @@ def table(place: str) -> Iterator[Case]:
         yield Case(tokens=tokens, length=2, mask="causal")
 
 
+def falling(dims: int, head: int, heads: int) -> NDArray[np.float64]:
+    """Variances [dims] of a head: such that every head has widths of its own."""
+    return np.asarray(4.0 * (0.85 + 0.1 * head / heads) ** np.arange(dims) + 0.05)
+
+
 @functools.cache
 def quantizer(dims: int, heads: int, bits: float, seed: int) -> SpectralQuantizer:
     """A random basis with a falling spectrum and a large mean for each head."""
@@ -89,7 +94,7 @@ def quantizer(dims: int, heads: int, bits: float, seed: int) -> SpectralQuantize
     made = []
     for h in range(heads):
         basis = np.linalg.qr(generator.normal(size=(dims, dims)))[0]
-        spectrum = 4.0 * (0.85 + 0.1 * h / heads) ** np.arange(dims) + 0.05
+        spectrum = falling(dims, h, heads)
         widths = allocate_words(gaussian_costs(spectrum), max(int(bits * dims) // 32, 1))
         made.append(SpectralQuantizer.from_transform(generator.normal(size=dims), basis, spectrum, widths))
     return SpectralQuantizer.stack(made)
