@@ -24,7 +24,6 @@ from speed_tables import KERNELS, kernel_text
 from vq_kvcache import load
 from vq_kvcache.demo import model_folder
 from vq_kvcache.kernels import launches
-from vq_kvcache.spectral import trellis
 from vq_kvcache.spectral.codec import Plan, find_codec, fingerprint
 from vq_kvcache.spectral.files import write_atomically
 from vq_kvcache.spectral.packing import WORD_BITS, Layout
@@ -122,7 +121,7 @@ def segments(layout: Layout) -> Iterator[tuple[int, bool, int, int]]:
     """(width, ring, slots, words) of every segment of every head."""
     for head in layout.segments:
         for s in head:
-            yield s.width, bool(layout.trellis and trellis.is_ring(s.width, s.slots)), s.slots, s.words
+            yield s.width, layout.in_rings(s), s.slots, s.words
 
 
 def on_metal() -> tuple[int, int]:

@@ -79,7 +79,7 @@ def _dealt(costs: list[int]) -> list[int]:
 def head_columns(layout: Layout, head: int) -> HeadColumns:
     """The columns of one head of keys, or of values."""
     segments = layout.segments[head]
-    rings = [bool(layout.trellis and trellis.is_ring(s.width, s.slots)) for s in segments]
+    rings = [layout.in_rings(s) for s in segments]
     slots = [_slots_of(s, ring) for s, ring in zip(segments, rings, strict=True)]
     tail = sum(s.words * len(groups) for s, (groups, _) in zip(segments, slots, strict=True))
     # Pairs of rings come first, so that each is one store.

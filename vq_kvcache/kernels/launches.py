@@ -69,7 +69,7 @@ def evaluated(array: mx.array) -> mx.array:
 def _pieces(layout: Layout, head: int) -> list[tuple[int, int, int, int, int, int, int]]:
     """(width, ring, shift, slots, words, first word, first coordinate) of each segment of a head."""
     return [
-        (s.width, int(layout.trellis and trellis.is_ring(s.width, s.slots)), s.shift, s.slots, s.words,
+        (s.width, int(layout.in_rings(s)), s.shift, s.slots, s.words,
          layout.first_words[head] + s.first_word, s.first)
         for s in layout.segments[head]
     ]  # fmt: skip

@@ -116,6 +116,10 @@ class Layout:
         self.stored = max(map(len, self.order))
         self._tables = _Tables(self)
 
+    def in_rings(self, segment: Segment) -> bool:
+        """Whether the codes of a segment that lie in one word are coded together."""
+        return self.trellis and is_ring(segment.width, segment.slots)
+
     @property
     def heads(self) -> int:
         """H."""
@@ -285,7 +289,7 @@ class _HeadTable:
     def of(cls, layout: "Layout", head: int) -> "_HeadTable":
         """The table of a head of a layout whose segments are known."""
         segments = layout.segments[head]
-        coded = [s for s in segments if layout.trellis and is_ring(s.width, s.slots)]
+        coded = [s for s in segments if layout.in_rings(s)]
         words, count, rings = sum(s.words for s in segments if s.shift == 0), sum(s.words for s in coded), 0
         fields: list[_Field] = []
         for s in segments:
@@ -334,7 +338,7 @@ def _rows(layout: Layout) -> list[_Row]:
     rings = 0
     for h, segments in enumerate(layout.segments):
         for s in segments:
-            coded = layout.trellis and is_ring(s.width, s.slots)
+            coded = layout.in_rings(s)
             for w in range(s.words):
                 word = layout.first_words[h] + s.first_word + w
                 for slot in range(s.slots):
@@ -426,7 +430,7 @@ def unpack_reference(words: NDArray[np.uint32], layout: Layout) -> NDArray[np.fl
             run = words[start : start + s.words]
             codes = np.stack([run >> (s.shift + slot * s.width) & (2**s.width - 1) for slot in range(s.slots)])
             index, table = codes.astype(np.int64), levels(s.width)
-            if layout.trellis and is_ring(s.width, s.slots):
+            if layout.in_rings(s):
                 low = index & 1
                 index = 2 * (index ^ np.roll(low, 2, axis=0)) + np.roll(low, 1, axis=0)
                 table = ring_levels(s.width)
