@@ -242,6 +242,22 @@ def test_at_most_eight_chunks_whatever_was_packed():
     assert mx.array_equal(held, mx.concatenate(packed, axis=2))
 
 
+@pytest.mark.parametrize("count", [SMALLEST_CHUNK, SMALLEST_CHUNK - 64])
+def test_codes_that_fill_their_chunk_keep_no_batch_alive(count):
+    """MLX takes an update of a whole array as it is, and one row of many shares the memory of all."""
+    width = mmap.PAGESIZE // 16  # words of which a chunk holds SMALLEST_CHUNK tokens exactly
+    batch, codes = mx.ones((8, width, count), mx.uint32), Chunks()
+    mx.eval(batch)
+    mx.clear_cache()
+    held = mx.get_active_memory() - batch.nbytes
+    codes.append(batch[1:2])
+    mx.eval(codes.held[0].words)
+    assert codes.held[0].capacity == SMALLEST_CHUNK
+    del batch
+    mx.clear_cache()
+    assert mx.get_active_memory() - held <= codes.held[0].words.nbytes + mmap.PAGESIZE
+
+
 def test_the_rows_of_a_snapshot_say_where_its_tokens_are():
     storage, keys, _ = filled(400, step=50)
     snapshot = storage.snapshot()

@@ -134,6 +134,9 @@ def written(target: mx.array, start: int, update: mx.array, row: int | None = No
 
     MLX writes in place when nothing else holds the buffer.
     """
+    if update.shape == target.shape:
+        # MLX would take the update as it is: one row of a batch would keep the memory of all rows.
+        return mx.contiguous(update).astype(target.dtype)
     result = mx.array(target)
     rows = slice(None) if row is None else slice(row, row + 1)
     result[rows, :, start : start + update.shape[2]] = update
