@@ -114,9 +114,9 @@ class LocalServer:
         """Whether the thread that generates is."""
         return self.generator._generation_thread.is_alive()
 
-    def client(self):
+    def client(self, timeout=120):
         """The real client, bound to this server."""
-        return openai.OpenAI(base_url=self.url, api_key="none", max_retries=0, timeout=120)
+        return openai.OpenAI(base_url=self.url, api_key="none", max_retries=0, timeout=timeout)
 
     def complete(self, prompt, **options):
         """The text that follows a prompt, streamed."""

@@ -1,4 +1,4 @@
-"""Thirty-two streaming requests at a time, for minutes: `python tests/soak_server.py --seconds 600 --out FILE`.
+"""Many streaming requests at a time, for minutes: `python tests/soak_server.py --seconds 600 --out FILE`.
 
 Requests have random prompts with common beginnings and random lengths, and a fifth of them is cancelled half-way, at
 mlx_lm.server with the hook on, in this process and on loopback alone. Half of the time the cache is lossless: every
@@ -36,12 +36,12 @@ from vq_kvcache import SpectralKVCache, make_prompt_cache
 from vq_kvcache.demo import model_folder
 from vq_kvcache.spectral.sealing import LAG
 
-CLIENTS = 32
 BEGINNINGS, PROMPTS = 4, 24  # texts that prompts begin with, and prompts in all
-LONGEST, TOKENS = 700, 48  # tokens of a prompt, and of an answer
+TOKENS = 48  # of an answer
 CANCELLED = 0.2
 JUDGED = 24  # answers whose distributions are compared
 WINDOW = 64
+PATIENCE = 900  # seconds: on two cores the prompts of 32 clients, read together, take minutes
 LEFT_OVER = 4 << 20  # bytes that may be in use beyond what is accounted for: transforms, masks, allocator's rounding
 
 
@@ -55,15 +55,15 @@ def float32_copy(folder, target):
     return target
 
 
-def make_prompts(tokenizer, seed):
-    """Prompts as token ids: a common beginning, cut anywhere, and a passage of their own."""
+def make_prompts(tokenizer, longest, seed):
+    """Prompts of up to `longest` token ids: a common beginning, cut anywhere, and a passage of their own."""
     ids = tokenizer.encode((importlib.resources.files("vq_kvcache") / "data" / "demo.txt").read_text("utf-8"))
     generator, prompts = random.Random(seed), []
-    begins = [ids[i * 1500 : i * 1500 + LONGEST // 2] for i in range(BEGINNINGS)]
+    begins = [ids[i * 1500 : i * 1500 + longest // 2] for i in range(BEGINNINGS)]
     for _ in range(PROMPTS):
-        begin = generator.choice(begins)[: generator.randint(1, LONGEST // 2)]
-        start = generator.randrange(len(ids) - LONGEST)
-        prompts.append(begin + ids[start : start + generator.randint(1, LONGEST // 2)])
+        begin = generator.choice(begins)[: generator.randint(1, longest // 2)]
+        start = generator.randrange(len(ids) - longest)
+        prompts.append(begin + ids[start : start + generator.randint(1, longest // 2)])
     # The server encodes text: what does not come back the same is cut until it does.
     return [tokenizer.encode(tokenizer.decode(p)) for p in prompts]
 
@@ -71,19 +71,20 @@ def make_prompts(tokenizer, seed):
 class Load:
     """Clients that ask until time is up; what they saw."""
 
-    def __init__(self, server, texts, seconds, seed):
+    def __init__(self, server, texts, clients, seconds, seed):
         self.server, self.texts, self.until = server, texts, time.monotonic() + seconds
+        self.clients = clients
         self.seed, self.lock = seed, threading.Lock()
         self.counts, self.errors, self.answers = collections.Counter(), [], collections.defaultdict(collections.Counter)
 
     def run(self):
-        with concurrent.futures.ThreadPoolExecutor(CLIENTS) as pool:
-            list(pool.map(self._client, range(CLIENTS)))
+        with concurrent.futures.ThreadPoolExecutor(self.clients) as pool:
+            list(pool.map(self._client, range(self.clients)))
         return self
 
     def _client(self, number):
         generator = random.Random(1000 * self.seed + number)
-        client = self.server.client()
+        client = self.server.client(timeout=PATIENCE)
         while time.monotonic() < self.until and self.server.alive:
             index, cancel = generator.randrange(len(self.texts)), generator.random() < CANCELLED
             try:
@@ -136,7 +137,7 @@ class Watch:
                 continue
             tokens, distributions = self.open[r.uid]
             tokens.append(r.token)
-            distributions.append(np.array(r.logprobs.astype(mx.float32)))
+            distributions.append(np.array(normalized(r.logprobs)))
             if r.finish_reason is not None:
                 del self.open[r.uid]
                 self.done.append((r.all_tokens[: len(r.all_tokens) - len(tokens)], tokens, distributions))
@@ -158,14 +159,19 @@ class Watch:
         ]  # fmt: skip
 
 
+def normalized(logits):
+    """Log-probabilities in float32: those of float16 do not sum to one, by more than what is compared here."""
+    logits = logits.astype(mx.float32)
+    return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+
+
 def alone(model, caches, prompt, tokens, step=2048):
     """Log-probabilities [T, V] of an answer's tokens, fed one at a time after the prompt, this in pieces of `step`."""
     for start in range(0, len(prompt) - 1, step):
         mx.eval(model(mx.array([prompt[start : min(start + step, len(prompt) - 1)]]), cache=caches))
     x, rows = mx.array([prompt[-1:]]), []
     for token in tokens:
-        logits = model(x, cache=caches)[:, -1].astype(mx.float32)
-        row = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+        row = normalized(model(x, cache=caches)[:, -1])
         mx.eval(row, [c.state for c in caches])
         rows.append(np.array(row[0]))
         x = mx.array([[token]])
@@ -216,7 +222,7 @@ def settle(server):
         time.sleep(0.5)
 
 
-def soak(folder, options, texts, seconds, seed):
+def soak(folder, options, texts, clients, seconds, seed):
     """One server and its load; {what happened}, the answers, and the watched distributions."""
     watch, before = Watch(), threading.active_count()
     patches = watch.patches() if not options.lossless else []
@@ -226,10 +232,10 @@ def soak(folder, options, texts, seconds, seed):
         with LocalServer(folder, options, "--prompt-cache-size", 16) as server:
             server.complete("The", max_tokens=2)
             own = memory() - server.prompt_cache.nbytes
-            first = Load(server, texts, seconds / 2, seed).run()
+            first = Load(server, texts, clients, seconds / 2, seed).run()
             settle(server)
             half = memory() - server.prompt_cache.nbytes
-            second = Load(server, texts, seconds / 2, seed + 1).run()
+            second = Load(server, texts, clients, seconds / 2, seed + 1).run()
             settle(server)
             end, stored = memory() - server.prompt_cache.nbytes, server.prompt_cache.nbytes
             alive, batchable = server.alive, server.provider.is_batchable
@@ -250,9 +256,9 @@ def soak(folder, options, texts, seconds, seed):
 
 
 def agreement(answers, expected):
-    """How many whole answers there were, and how many of them were the expected text."""
+    """How many whole answers there were, and how many of them were the expected text of their prompt."""
     total = sum(sum(seen.values()) for seen in answers.values())
-    return {"answers": total, "equal": sum(seen[expected[i]] for i, seen in answers.items())}
+    return {"answers": total, "equal": sum(seen[expected(i)] for i, seen in answers.items())}
 
 
 def problems(report):
@@ -281,6 +287,8 @@ def problems(report):
 def main():
     """Run both halves; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--clients", type=int, default=32)
+    parser.add_argument("--longest", type=int, default=700, help="tokens of a prompt")
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=pathlib.Path)
@@ -288,15 +296,15 @@ def main():
     with tempfile.TemporaryDirectory() as name:
         lossless = float32_copy(model_folder(), pathlib.Path(name) / "float32")
         model, tokenizer = mlx_lm.load(str(lossless))[:2]
-        prompts = make_prompts(tokenizer, arguments.seed)
+        prompts = make_prompts(tokenizer, arguments.longest, arguments.seed)
         texts = [tokenizer.decode(p) for p in prompts]
-        expected = [mlx_lm.generate(model, tokenizer, t, max_tokens=TOKENS) for t in texts]
+        expected = functools.cache(lambda i: mlx_lm.generate(model, tokenizer, texts[i], max_tokens=TOKENS))
         exact = SpectralKVCache.with_options(lossless=True, window=WINDOW)
         options = SpectralKVCache.with_options(3.0, window=WINDOW)
-        half = arguments.seconds / 2
-        part, answers, _ = soak(lossless, exact, texts, half, arguments.seed)
-        report = {"clients": CLIENTS, "lossless": {**part, "texts": agreement(answers, expected)}}
-        part, answers, watched = soak(model_folder(), options, texts, half, arguments.seed + 2)
+        clients, half = arguments.clients, arguments.seconds / 2
+        part, answers, _ = soak(lossless, exact, texts, clients, half, arguments.seed)
+        report = {"clients": clients, "lossless": {**part, "texts": agreement(answers, expected)}}
+        part, answers, watched = soak(model_folder(), options, texts, clients, half, arguments.seed + 2)
         distributions = judge(model_folder(), options, watched)
         report["three_bits"] = {**part, "texts_as_exact": agreement(answers, expected), "distributions": distributions}
     report["peak_resident_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
