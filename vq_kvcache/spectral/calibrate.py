@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from . import codec as codecs
 from .calibration_text import Placed, calibration_sequences, context_of, place
 from .codec import Codec, Transforms
-from .fisher import LayerFisher, Setting, each, gather, probe
+from .fisher import LayerFisher, Setting, gather, probe
 from .forward_only import Layers, in_nats, run_observed, variance_layers
 from .intercept import plain_caches, require_layers, uses
 from .memory_budget import default_budget, fit
@@ -25,6 +25,7 @@ from .rotation_files import RotationFileError, load_cached_rotations, save_rotat
 from .shrinkage import Shrinkage, choose, shrunk
 from .spectral_quant import SpectralRotation
 from .transforms import eigen, fisher_transforms
+from .workers import each
 
 __all__ = [
     "RotationFileError",

@@ -9,7 +9,6 @@ import contextlib
 import gc
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -20,6 +19,7 @@ from .calibration_text import Placed
 from .far_attention import far_attention
 from .intercept import Attention, Recorder, Use, dispatching, is_pair, recorders, uses
 from .moments import Moments, SecondMoments
+from .workers import each
 
 KEPT_BYTES = 1 << 30  # of vectors and gradients, on which costs are measured
 
@@ -107,21 +107,6 @@ def gather(
 
 Gradients = dict[int, tuple[mx.array, ...]]
 _tracing = threading.Lock()  # MLX counts traces globally
-
-
-def each(make: Callable[[Any], Any], items: Sequence[Any], at_once: int) -> Iterator[Any]:
-    """make(item) of each in turn, a few at once: MLX's CPU streams are one thread each."""
-
-    def run(item: Any) -> Any:
-        with mx.stream(mx.new_stream(mx.cpu)):  # a stream belongs to the thread that made it
-            return make(item)
-
-    if at_once == 1:
-        yield from map(make, items)
-        return
-    with ThreadPoolExecutor(at_once) as pool:
-        for start in range(0, len(items), at_once):
-            yield from pool.map(run, items[start : start + at_once])
 
 
 def probe(model: Any, tokens: int, setting: Setting) -> Any:
