@@ -7,7 +7,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from vq_kvcache import doctor
+from vq_kvcache import doctor, kernels
 from vq_kvcache.attention import attend_codes
 from vq_kvcache.kernels import columns, launches, steps
 from vq_kvcache.spectral import codebook, trellis
@@ -28,65 +28,84 @@ def test_every_stored_coordinate_has_one_column():
 
 
 def test_columns_hold_the_slots_that_the_kernel_writes_there():
-    """Read the lists as columns.h does: each ring and code alone is told of with the coordinates of its columns."""
+    """Read the tasks as lookup.h does: each ring and code alone is told of with the coordinates of its columns."""
     for layout in layouts():
         for h, segments in enumerate(layout.segments):
             found = columns.head_columns(layout, h)
-            place = {}  # (word, shift) of each coordinate
+            place = {}  # (word, shift, width) of each coordinate
             for s in segments:
                 for slot in range(s.slots):
                     for w in range(s.words):
-                        place[s.first + slot * s.words + w] = (s.first_word + w, s.shift + slot * s.width)
-            seen = set()
-            for told, rest in zip(found.words[::2], found.words[1::2], strict=True):
-                word, rings, start, alone = told & 0xFFFF, told >> 16, rest & 0xFFFF, rest >> 16
-                for i in range(rings):
-                    a, b = found.runs[start + 2 * i : start + 2 * i + 2]
-                    width, slots, shift = a & 255, a >> 8 & 255, a >> 16
-                    eights = columns.RING_SLOTS[width]
-                    if width < 3 and slots <= len(eights) // 2:
-                        eights = eights[: len(eights) // 2]
-                    pairs = columns.RING_PAIRS.get(width, [])
-                    written = [(b & 0xFFFF) + n for n in range(len(eights))] + [
-                        (b >> 16) + n for n in range(len(pairs))
-                    ]
-                    for column, slot in zip(written, eights + pairs, strict=True):
-                        coordinate = found.order[column]
-                        assert (coordinate >= 0) == (0 <= slot < slots)
-                        if coordinate >= 0:
-                            assert place[coordinate] == (word, shift + slot * width)
-                            seen.add(coordinate)
-                for told_code in found.runs[start + 2 * rings : start + 2 * rings + alone]:
-                    coordinate = found.order[told_code >> 16]
-                    assert place[coordinate] == (word, told_code & 31)
-                    seen.add(coordinate)
+                        place[s.first + slot * s.words + w] = (s.first_word + w, s.shift + slot * s.width, s.width)
+            seen, written, at, starts = set(), [], 0, []
+            while at < len(found.tasks):
+                what, told, shifts, mask = found.tasks[at : at + 4]
+                starts.append(at // 4)
+                at += 4
+                width, word, column = what & 15, what >> 8, told & 0xFFFF
+                if width == 0:
+                    codes = [n >> half & 0xFFFF for n in found.tasks[at : at + 4] for half in (0, 16)]
+                    at += 4
+                    expected = [(c & 63, ((c >> 6 & 31) + 1) % 32, c >> 11) for c in codes]
+                    own = range(column, column + 8)
+                else:
+                    slots = mask.bit_length() // width
+                    assert (shifts >> 8 & 255, shifts >> 16) == ((slots - 1) * width, (slots - 2) * width)
+                    eights, pairs = columns.RING_SLOTS[width], columns.RING_PAIRS.get(width, [])
+                    if what & columns.HALF_RING:
+                        eights, pairs = eights[: len(eights) if pairs else len(eights) // 2], []
+                    places = [*eights, *pairs]
+                    expected = [(word, (shifts & 255) + slot * width, width) for slot in places]
+                    own = [*range(column, column + len(eights)), *range(told >> 16, (told >> 16) + len(pairs))]
+                    assert sorted(found.order[c] >= 0 for c in own).count(True) == slots
+                written += own
+                for c, code in zip(own, expected, strict=True):
+                    if found.order[c] >= 0:
+                        assert place[found.order[c]] == code
+                        seen.add(found.order[c])
             assert seen == set(range(len(layout.order[h])))
+            assert sorted(written) == list(range(found.written))
+            assert found.ends[-1] == len(found.tasks) // 4
+            assert {0, *found.ends} <= {*starts, found.ends[-1]}
+
+
+def test_a_tasks_numbers_find_room():
+    """A task fills eight columns or more and takes eight numbers at most: so much is there, see VqColumnSpace."""
+    for layout in layouts():
+        for h in range(layout.heads):
+            found = columns.head_columns(layout, h)
+            assert len(found.tasks) <= found.written
 
 
 @pytest.mark.parametrize("count", [1, 4, 5, 8, 23])
-def test_words_are_dealt_to_warps_evenly(count):
+def test_tasks_are_dealt_to_warps_evenly(count):
     costs = np.random.default_rng(count).integers(40, 120, count).tolist()
-    dealt = columns._dealt(costs)
-    assert sorted(dealt) == list(range(count))
-    loads = [sum(costs[w] for w in dealt[i :: columns.WARPS]) for i in range(columns.WARPS)]
-    assert max(loads) - min(x for x in loads if x) <= max(costs)
+    dealt = columns._dealt([columns._Task([i, 0, 0, 0], cost) for i, cost in enumerate(costs)])
+    assert sorted(task.told[0] for own in dealt for task in own) == list(range(count))
+    loads = [sum(task.cost for task in own) for own in dealt]
+    assert len(loads) == columns.WARPS
+    assert max(loads) - min(loads) <= max(costs)
 
 
 def test_looked_up_levels_are_those_of_the_codebooks():
     table = np.array(columns.lookup()).view(np.uint32)
-    for width, first in ((1, 0), (2, 2)):
-        raw = table[first : first + 2**width].view(np.uint8).reshape(2, -1)
+    for width in (1, 2):
+        raw = table[4 * width - 4 : 4 * width].view(np.uint8).reshape(2, 8)
         halves = np.ascontiguousarray(raw.T).view(np.float16)[:, 0]
-        assert np.array_equal(halves, trellis.ring_levels(width).astype(np.float16))
-    alone = table[columns.ALONE_LEVELS :].view(np.float16)
+        levels = trellis.ring_levels(width).astype(np.float16)
+        for bits in range(8):  # of slots s - 2, s - 1 and s, or the index itself
+            index = 2 * ((bits >> 2 ^ bits) & 1) + (bits >> 1 & 1) if width == 1 else bits
+            assert halves[bits] == levels[index]
+    alone = table[columns.ALONE :].view(np.float16)
     for width in range(1, codebook.MAX_BITS + 1):
-        start = 2**width - 2
-        assert np.array_equal(alone[start : start + 2**width], codebook.levels(width).astype(np.float16))
+        assert np.array_equal(alone[2**width : 2 ** (width + 1)], codebook.levels(width).astype(np.float16))
 
 
 def test_layouts_with_too_many_columns_go_another_way():
     keys, values = (doctor.quantizer(64, 2, 3.0, seed) for seed in (0, 1))
-    assert columns.column_table(keys, values, columns.most_columns(64, 64)) is not None
+    most, groups, table = columns.chosen(keys, values)
+    assert np.array_equal(columns.column_table(keys, values, most), table)
+    assert groups == kernels.MOST_GROUPS
     assert columns.column_table(keys, values, 48) is None
     case = doctor.Case(bits=3.0)
     held = doctor.snapshot(case)
@@ -98,15 +117,25 @@ def test_layouts_with_too_many_columns_go_another_way():
 
 def test_groups_fill_the_machine():
     """Four on each multiprocessor where there are tokens enough, exact tokens included while they are few."""
-    shape = steps.Shape("cuda", mx.float16, 1, 8, 4, 1, 128, 128, 176, (0, 0, 0, 0))
+    shape = steps.Shape("cuda", mx.float16, 1, 8, 4, 1, 128, 128, 176, (0, 0, 0, 0), 4)
     rows = doctor.rows_of((4,), (4,), 208, (131072,))
     plan, params, _ = steps._numbers(shape, rows, 256, ((131072, 131072),), (0, 0, 0, 0, 0), False)
-    assert columns.groups_that_fill(176, 128) == 4 * 132
-    assert columns.groups_that_fill(304, 256) == 2 * 132  # so much shared memory does each need
-    assert 0.9 * 4 * 132 <= plan.splits * shape.planes <= 4 * 132
+    assert 0.9 * 4 * 132 <= plan.splits * shape.planes <= 1.05 * 4 * 132
     numbers = np.array(params)
     assert numbers[4] == 4  # 208 exact tokens
+    assert numbers[8] == 16  # tiles of a split: with room left for the exact tokens it were 17
     assert (numbers[5] - 1) * numbers[8] < 131072 // columns.TOKENS <= numbers[5] * numbers[8]
+
+
+def test_shared_memory_is_shared_out():
+    """All groups fit a multiprocessor, and each has what it needs; fewer of them where words or columns are many."""
+    for bits, dims, expected in ((1.0, 128, 4), (2.0, 128, 4), (6.0, 128, 3), (7.5, 256, 1)):
+        keys, values = (doctor.quantizer(dims, 2, bits, seed) for seed in (0, 1))
+        most, groups, _ = columns.chosen(keys, values)
+        needed = columns.least_bytes(most, dims, columns.most_words(keys) + columns.most_words(values))
+        assert groups == expected
+        assert needed <= columns.shared_bytes(groups)
+        assert groups * (columns.shared_bytes(groups) + kernels.GROUP_BYTES) <= kernels.SHARED_BYTES
 
 
 def test_a_step_of_many_layers_is_planned_once(monkeypatch):

@@ -22,8 +22,9 @@ VARIABLE = "VQ_KVCACHE_BACKEND"
 FOLDER = pathlib.Path(__file__).resolve().parent
 TEXTS = ("helpers.h", "products.h", "attend.h", "lookup.h", "columns.h", "merge.h", "encode.h", "decode.h")
 NOT_METAL = ("products.h", "lookup.h", "columns.h")  # it has products of its own, and no byte permutation
-# Of a multiprocessor on CUDA: shared memory, and threads and groups that have 128 registers each.
-SHARED_BYTES, MOST_THREADS, MOST_GROUPS = 232_448, 512, 4
+# Of a multiprocessor on CUDA: shared memory, of which a group takes GROUP_BYTES more than it asks for, and threads and
+# groups that have 128 registers each.
+SHARED_BYTES, GROUP_BYTES, MOST_THREADS, MOST_GROUPS = 233_472, 1024, 512, 4
 LEAST_INPUT = 8  # elements: Metal keeps smaller inputs in another address space
 
 # Where a thread group is, as every call of a body wants it; {floats} of shared memory, in fours.
@@ -147,7 +148,7 @@ def _kernel(body: Body, place: str, shared: int, threads: int) -> Any:
     top = header(place)
     if place == "cuda":
         # MLX writes the signature; registers are to leave room for as many groups as shared memory does.
-        groups = min(max(SHARED_BYTES // (shared + 1024), 1), max(MOST_THREADS // threads, 1), MOST_GROUPS)
+        groups = min(max(SHARED_BYTES // (shared + GROUP_BYTES), 1), max(MOST_THREADS // threads, 1), MOST_GROUPS)
         top += f"\n#define __global__ __attribute__((global)) __launch_bounds__({threads}, {groups})\n"
     source = PROLOGUES[place].replace("{floats}", str(max(-(-shared // 16), 1))) + body.call
     # The name tells variants apart, and so must their shared memory and threads.

@@ -5,13 +5,11 @@
 // tokens (lookup.h), and then multiplies with 32 of the rows. Keys and values go through the same tile [128, columns],
 // one after the other.
 
-enum { VQ_QUERIES = 8, VQ_COLUMN_TOKENS = 128, VQ_COLUMN_WARPS = 4 };
+enum { VQ_QUERIES = 8, VQ_COLUMN_WARPS = 4 };
 
-// A layer's table, columns.py. An entry: where its words begin, words, where its runs begin, runs, first word, columns.
-// A word: (place | rings << 16, where its rings and then its codes alone begin | such codes << 16), in the order in
-// which warps take them. A ring: width | slots << 8 | shift << 16, column | tail << 16. A code alone:
-// shift | width << 8 | column << 16.
-enum { VQ_KEY_ORDER = 6, VQ_COLUMN_ENTRY = 16, VQ_MOST_WORDS = 64, VQ_MOST_RUNS = 256 };
+// A layer's table, columns.py. An entry: where its tasks begin (lookup.h), numbers of these, a byte for each warp of where
+// its tasks end, in fours of numbers, words of the head, the first of them, columns.
+enum { VQ_KEY_ORDER = 6, VQ_STAGED_WORDS = 7, VQ_COLUMN_ENTRY = 16 };
 
 // The token of a row of the tile: lanes turn four neighbours at a time, and rows of one store are consecutive.
 VQ_FN int vq_token_of(int row) { return row % 32 * 4 + row / 32; }
@@ -80,13 +78,15 @@ VQ_FN void vq_score_tokens(VQ_THREAD float (&s)[2][4], VQ_SHARED(const vq_half) 
                            int columns, int lane) {
   VQ_UNROLL
   for (int m = 0; m < 2; ++m) s[m][0] = s[m][1] = s[m][2] = s[m][3] = 0.0f;
-  q += lane % 8 * STRIDE + lane / 8 * 8;
+  q += lane % 8 * (MC + 8) + lane / 8 * 8;
   tile += lane % 16 * STRIDE + lane / 16 * 8;
   uint b[4];
   VQ_UNROLL
   for (int k = 0; k < MC; k += 16) {
-    if (k >= columns) break;
-    if (k % 32 == 0) vq_ldmatrix(b, q + k);  // of this k and the next
+    if (k % 32 == 0) {
+      if (k >= columns) break;
+      vq_ldmatrix(b, q + k);  // of this k and the next
+    }
     VQ_UNROLL
     for (int m = 0; m < 2; ++m) {
       uint a[4];
@@ -161,7 +161,7 @@ VQ_FN void vq_add_tokens(VQ_THREAD float (&output)[MC / 16][4], VQ_THREAD const 
   tile += (lane % 8 + lane / 16 * 8) * STRIDE + lane / 8 % 2 * 8;
   VQ_UNROLL
   for (int n = 0; n < MC / 16; ++n) {
-    if (n * 16 >= columns) break;
+    if (n % 2 == 0 && n * 16 >= columns) break;
     VQ_UNROLL
     for (int m = 0; m < 2; ++m) {
       uint a[4];
@@ -208,22 +208,38 @@ VQ_FN void vq_gather_columns(VQ_THREAD VqColumnSums<MC>& running, VQ_SHARED(cons
   }
 }
 
-// Where things lie in shared memory, in floats: the mean's scores, chunks, levels, words and runs of keys and then of
-// values, folded queries, and the tile.
+// Where things lie in shared memory, in floats: the mean's scores, chunks, levels, tasks of keys and then of values,
+// folded queries, the tile, and words of keys and then of values. A row holds 8 columns less than MC, so that eight rows lie
+// in different memory banks: the last product reads eight numbers of the next row, and multiplies them by zero. A task
+// fills eight columns or more, and takes eight numbers at most.
 template <int MC>
 struct VqColumnSpace {
   enum {
-    stride = MC + 8, chunks = 8, entries = 24, lookup = entries + 2 * 8, lists = lookup + VQ_LOOKUP,
-    list = 2 * VQ_MOST_WORDS + VQ_MOST_RUNS,
-    folded = lists + 2 * list, tile = folded + VQ_QUERIES * stride / 2,
+    stride = MC - 8, query_stride = MC + 8, chunks = 8, entries = 24, lookup = entries + 2 * 8,
+    tasks = lookup + VQ_LOOKUP, list = stride, folded = tasks + 2 * list,
+    tile = folded + VQ_QUERIES * query_stride / 2, numbers = VQ_COLUMN_TOKENS * stride + 8,  // halves of a tile
+    staged = tile + numbers / 2,
   };
 };
 
-// The word that a list names, of this lane's tokens.
-VQ_FN void vq_load_word(VQ_THREAD uint (&x)[VQ_LANE_TOKENS], VQ_SHARED(const int) word, VQ_SHARED(const int) entry,
-                        VQ_THREAD const VqTile& t, VQ_THREAD const VqPlace& at) {
-  VQ_IN(uint) from = t.words + (size_t)(entry[4] + (word[0] & 0xffff)) * t.capacity + 4 * at.lane;
-  if (t.token + 4 * at.lane < t.capacity) vq_load4(x, from);
+// Where the tasks of a warp begin, and from bit 8 on where they end, in fours of numbers.
+VQ_FN int vq_own_tasks(VQ_SHARED(const int) entry, int warp) {
+  return (warp ? entry[2] >> 8 * (warp - 1) & 255 : 0) | (entry[2] >> 8 * warp & 255) << 8;
+}
+
+// The words of a head, of a tile -> `to` [words, tokens], while other things are done.
+VQ_FN void vq_fetch_words(VQ_SHARED(uint) to, VQ_SHARED(const int) entry, VQ_THREAD const VqTile& t,
+                          VQ_THREAD const VqPlace& at) {
+  if (t.token + VQ_LANE_TOKENS * at.lane >= t.capacity) return;
+  int left = entry[3] - at.warp;
+  VQ_IN(uint) from = t.words + (size_t)(entry[4] + at.warp) * t.capacity + VQ_LANE_TOKENS * at.lane;
+  const size_t step = (size_t)VQ_COLUMN_WARPS * t.capacity;
+  to += at.warp * VQ_COLUMN_TOKENS + VQ_LANE_TOKENS * at.lane;
+  VQ_LOOP
+  for (; left > 0; left -= VQ_COLUMN_WARPS) {
+    vq_fetch4(to, from);
+    to += VQ_COLUMN_WARPS * VQ_COLUMN_TOKENS, from += step;
+  }
 }
 
 // Packed tokens.
@@ -234,10 +250,10 @@ VQ_FN void vq_attend_columns_packed(VQ_IN(vq_half) folded_in, VQ_IN(float) mean_
                                     VQ_OUT(float) outputs, VQ_SHARED(float) shared, VQ_THREAD const VqPlace& at,
                                     int query_tile) {
   typedef VqColumnSpace<MC> Space;
-  enum { STRIDE = Space::stride, THREADS = VQ_COLUMN_WARPS * 32 };
+  enum { STRIDE = Space::stride, QUERY_STRIDE = Space::query_stride, THREADS = VQ_COLUMN_WARPS * 32 };
   VQ_SHARED(int) chunks = (VQ_SHARED(int))(shared + Space::chunks);
   VQ_SHARED(uint) lookup = (VQ_SHARED(uint))(shared + Space::lookup);
-  VQ_SHARED(int) lists = (VQ_SHARED(int))(shared + Space::lists);
+  VQ_SHARED(int) tasks = (VQ_SHARED(int))(shared + Space::tasks);
   VQ_SHARED(vq_half) folded = (VQ_SHARED(vq_half))(shared + Space::folded);
   VQ_SHARED(vq_half) tile = (VQ_SHARED(vq_half))(shared + Space::tile);
   const int worker = at.warp * 32 + at.lane, heads = params[VQ_H];
@@ -255,16 +271,14 @@ VQ_FN void vq_attend_columns_packed(VQ_IN(vq_half) folded_in, VQ_IN(float) mean_
   VQ_SYNC_GROUP();
   for (int part = 0; part < 2; ++part) {
     VQ_SHARED(const int) entry = part ? value_entry : key_entry;
-    VQ_SHARED(int) words = lists + part * Space::list;
-    for (int k = worker; k < 2 * entry[1]; k += THREADS) words[k] = table[entry[0] + k];
-    for (int k = worker; k < entry[3]; k += THREADS) words[2 * VQ_MOST_WORDS + k] = table[entry[2] + k];
+    for (int k = worker; k < entry[1]; k += THREADS) tasks[part * Space::list + k] = table[entry[0] + k];
   }
   const int own = (at.batch * heads + at.head) * vq_query_tiles(params) + query_tile;
   for (int k = worker; k < VQ_QUERIES * MC; k += THREADS)
-    folded[k / MC * STRIDE + k % MC] = folded_in[own * VQ_QUERIES * MC + k];
+    folded[k / MC * QUERY_STRIDE + k % MC] = folded_in[own * VQ_QUERIES * MC + k];
   if (worker < VQ_QUERIES) shared[worker] = mean_in[own * VQ_QUERIES + worker];
   // What is never written must not be NaN.
-  for (int k = worker; k < VQ_COLUMN_TOKENS * STRIDE; k += THREADS) vq_set(tile[k], 0.0f);
+  for (int k = worker; k < Space::numbers; k += THREADS) vq_set(tile[k], 0.0f);
   VQ_SYNC_GROUP();
   VqColumnSums<MC> running;
   VQ_UNROLL
@@ -274,12 +288,15 @@ VQ_FN void vq_attend_columns_packed(VQ_IN(vq_half) folded_in, VQ_IN(float) mean_
     VQ_UNROLL
     for (int k = 0; k < 4; ++k) running.output[n][k] = 0.0f;
   }
+  VQ_SHARED(uint) staged = (VQ_SHARED(uint))(shared + Space::staged);
+  const int key_tasks = vq_own_tasks(key_entry, at.warp), value_tasks = vq_own_tasks(value_entry, at.warp);
+  const int value_words = table[VQ_STAGED_WORDS] * VQ_COLUMN_TOKENS;
   VqTile t;
-  uint x[VQ_LANE_TOKENS];
   if (i < last_tile) {
     t = vq_find_tile<VQ_COLUMN_TOKENS>(chunks, count, VQ_CHUNK_NAMES, i, held.packed, total_words, at.batch);
-    if (at.warp < key_entry[1]) vq_load_word(x, lists + 2 * at.warp, key_entry, t, at);
+    vq_fetch_words(staged, key_entry, t, at);
   }
+  vq_stage_nothing();
   VQ_LOOP
   for (; i < last_tile; ++i) {
     float s[2][4];
@@ -287,24 +304,23 @@ VQ_FN void vq_attend_columns_packed(VQ_IN(vq_half) folded_in, VQ_IN(float) mean_
     VQ_LOOP
     for (int part = 0; part < 2; ++part) {  // keys, then values: a loop, so that the decoder is in the program once
       VQ_SHARED(const int) entry = part ? value_entry : key_entry;
-      VQ_SHARED(const int) words = lists + part * Space::list;
-      VQ_LOOP
-      for (int w = at.warp; w < entry[1]; w += VQ_COLUMN_WARPS) {
-        uint y[VQ_LANE_TOKENS];
-        const int later = w + VQ_COLUMN_WARPS;
-        if (later < entry[1]) vq_load_word(y, words + 2 * later, entry, t, at);
-        vq_put_word<STRIDE>(words + 2 * w, words + 2 * VQ_MOST_WORDS, x, lookup, tile + at.lane * STRIDE);
-        VQ_UNROLL
-        for (int k = 0; k < VQ_LANE_TOKENS; ++k) x[k] = y[k];
-      }
-      // While the products run, the next words come: of values, or of the next tile's keys.
+      // Meanwhile the next words come: of values, or of the next tile's keys.
       if (part == 1 && i + 1 < last_tile)
         next = vq_next_tile<VQ_COLUMN_TOKENS>(t, chunks, count, VQ_CHUNK_NAMES, i + 1, held.packed, total_words,
                                               at.batch);
-      if (part == 0 || i + 1 < last_tile) {
-        VQ_SHARED(const int) other = part ? key_entry : value_entry;
-        if (at.warp < other[1]) vq_load_word(x, lists + (1 - part) * Space::list + 2 * at.warp, other, next, at);
-      }
+      if (part == 0 || i + 1 < last_tile)
+        vq_fetch_words(part ? staged : staged + value_words, part ? key_entry : value_entry, next, at);
+      vq_stage_nothing();
+      vq_stage_wait();
+      VQ_SYNC_GROUP();
+      VQ_SHARED(const uint) list = (VQ_SHARED(const uint))(tasks + part * Space::list);
+      const int own = part ? value_tasks : key_tasks;
+      VQ_SHARED(const uint) task = list + 4 * (own & 255);
+      VQ_SHARED(const uint) end = list + 4 * (own >> 8);
+      VQ_LOOP
+      while (task < end)
+        task = vq_put_task<STRIDE>(task, staged + (part ? value_words : 0) + VQ_LANE_TOKENS * at.lane, lookup,
+                                   tile + at.lane * STRIDE);
       VQ_SYNC_GROUP();
       VQ_SHARED(const vq_half) rows = tile + at.warp * 32 * STRIDE;
       if (part == 0) {
@@ -314,7 +330,6 @@ VQ_FN void vq_attend_columns_packed(VQ_IN(vq_half) folded_in, VQ_IN(float) mean_
       } else {
         vq_add_tokens<MC, STRIDE>(running.output, s, rows, entry[5], at.lane);
       }
-      VQ_SYNC_GROUP();
     }
     t = next;
   }

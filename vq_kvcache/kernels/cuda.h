@@ -60,6 +60,12 @@ VQ_FN uint vq_permute(uint a, uint b, uint which) { return __byte_perm(a, b, whi
 VQ_FN void vq_put8(vq_half* at, const uint (&x)[4]) {
   *reinterpret_cast<uint4*>(at) = make_uint4(x[0], x[1], x[2], x[3]);
 }
+// The low 32 bits of the 64 of b and a, shifted right; n < 32.
+VQ_FN uint vq_funnel(uint a, uint b, uint n) { return __funnelshift_r(a, b, n); }
+VQ_FN void vq_load4_shared(uint (&to)[4], const uint* from) {
+  const uint4 x = *reinterpret_cast<const uint4*>(from);
+  to[0] = x.x, to[1] = x.y, to[2] = x.z, to[3] = x.w;
+}
 VQ_FN void vq_put2(vq_half* at, uint x) { *reinterpret_cast<uint*>(at) = x; }
 VQ_FN bool vq_any(bool x) { return __any_sync(0xffffffffu, x); }
 // Bytes `byte` and `byte` + 1 of a, and of b above them.
@@ -67,11 +73,6 @@ VQ_FN uint vq_pair(uint a, uint b, int byte) { return __byte_perm(a, b, 0x5410 +
 VQ_FN void vq_load2(const uint* from, uint& a, uint& b) {
   const uint2 x = *reinterpret_cast<const uint2*>(from);
   a = x.x, b = x.y;
-}
-
-VQ_FN void vq_load4(uint* to, const uint* from) {
-  const uint4 x = __ldg(reinterpret_cast<const uint4*>(from));
-  to[0] = x.x, to[1] = x.y, to[2] = x.z, to[3] = x.w;
 }
 
 // Words of a tile, fetched ahead: `words` rows of TOKENS tokens; `left` tokens exist, a multiple of four. Each call is
@@ -87,6 +88,10 @@ VQ_FN void vq_stage(uint* to, const uint* from, int capacity, int left, int word
                       "l"(from + (size_t)word * capacity + token));
   }
   asm volatile("cp.async.commit_group;");
+}
+VQ_FN void vq_fetch4(uint* to, const uint* from) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;"
+               :: "r"(static_cast<uint>(__cvta_generic_to_shared(to))), "l"(from));
 }
 VQ_FN void vq_stage_nothing() { asm volatile("cp.async.commit_group;"); }
 VQ_FN void vq_stage_wait() { asm volatile("cp.async.wait_group 1;" ::: "memory"); }

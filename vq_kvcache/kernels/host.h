@@ -70,6 +70,8 @@ VQ_FN uint vq_permute(uint a, uint b, uint which) {
   for (int i = 0; i < 4; ++i) x |= (uint)(bytes >> 8 * (which >> 4 * i & 7) & 255) << 8 * i;
   return x;
 }
+VQ_FN uint vq_funnel(uint a, uint b, uint n) { return (uint)(((uint64_t)b << 32 | a) >> n); }
+VQ_FN void vq_load4_shared(uint (&to)[4], const uint* from) { memcpy(to, from, 16); }
 VQ_FN void vq_put8(vq_half* at, const uint (&x)[4]) { memcpy(at, x, 16); }
 VQ_FN void vq_put2(vq_half* at, uint x) { memcpy(at, &x, 4); }
 VQ_FN float vq_low(vq_half2 x) { return (float)x.x; }
@@ -84,13 +86,12 @@ VQ_FN vq_half2 vq_sub(vq_half2 a, vq_half2 b) { return {(vq_half)(a.x - b.x), (v
 VQ_FN uint vq_pair(uint a, uint b, int byte) { return (a >> 8 * byte & 0xffff) | b >> 8 * byte << 16; }
 VQ_FN void vq_load2(const uint* from, uint& a, uint& b) { a = from[0], b = from[1]; }
 
-VQ_FN void vq_load4(uint* to, const uint* from) { memcpy(to, from, 16); }
-
 template <int TOKENS>
 VQ_FN void vq_stage(uint* to, const uint* from, int capacity, int left, int words, int lane) {
   for (int i = lane; i < words * TOKENS; i += 32)
     if (i % TOKENS < left) to[i] = from[(size_t)(i / TOKENS) * capacity + i % TOKENS];
 }
+VQ_FN void vq_fetch4(uint* to, const uint* from) { memcpy(to, from, 16); }
 VQ_FN void vq_stage_nothing() {}
 VQ_FN void vq_stage_wait() {}
 

@@ -19,12 +19,14 @@ if TYPE_CHECKING:
     from ..storage import Snapshot
 
 Run = Callable[[Launch, str], list[mx.array]]
+MULTIPROCESSORS = 132
 GROUPS = {"cuda": 264, "metal": 240, "host": 24}  # that fill a GPU: two on each of 132 multiprocessors, six of 40 cores
 
 
 class Shape(NamedTuple):
-    """What the operands of a plan look like, and which kernel takes them: columns.h with `columns` of them, or attend.h
-    (0) with `group`: rows of a tile of keys and of values, warps, words fetched ahead."""
+    """What the operands of a plan look like, and which kernel takes them: columns.h with `columns` of them and as many
+    thread `groups` to a multiprocessor, or attend.h (0) with `group`: rows of a tile of keys and of values, warps,
+    words fetched ahead."""
 
     place: str
     dtype: mx.Dtype
@@ -36,6 +38,7 @@ class Shape(NamedTuple):
     value_dims: int
     columns: int
     group: tuple[int, int, int, int]
+    groups: int
 
     @property
     def rows(self) -> int:
@@ -87,16 +90,15 @@ class Operands(NamedTuple):
 
 @launches.kept_with_keys
 def _tables(keys: SpectralQuantizer, values: SpectralQuantizer, wide: bool, place: str) -> Any:
-    """(columns or 0, table, group): which kernel reads these codes, and with what."""
+    """(columns or 0, table, group, groups): which kernel reads these codes, and with what."""
     dims = keys.synthesis.shape[-1], values.synthesis.shape[-1]
-    most = columns.most_columns(*dims)
-    if not wide and place != "metal" and columns.shared_bytes(most, dims[0]) <= launches.GROUP_BYTES:
-        table = columns.column_table(keys, values, most)
-        if table is not None:
-            return most, table, (0, 0, 0, 0)
+    if not wide and place != "metal":
+        chosen = columns.chosen(keys, values)
+        if chosen is not None:
+            return chosen[0], chosen[2], (0, 0, 0, 0), chosen[1]
     stage = 0 if place == "metal" else next(n for n in launches.STAGES if n >= launches.head_words(keys, values))
     group = launches.group_of(*dims, 4 if wide else 2, stage, place)
-    return 0, launches.layer_table(keys, values), (*group, stage)
+    return 0, launches.layer_table(keys, values), (*group, stage), 0
 
 
 @functools.lru_cache(maxsize=256)
@@ -108,11 +110,12 @@ def _numbers(
     tiles = launches.tiles_of(chunks, shape.tokens)
     groups = GROUPS[shape.place]
     if shape.columns and shape.place == "cuda":
-        groups = columns.groups_that_fill(shape.columns, shape.key_dims)
+        groups = MULTIPROCESSORS * shape.groups
     room = groups // (shape.planes * shape.row_tiles)
-    # Groups of exact tokens end soon: where there are many, packed ones follow them.
-    free = room - exact if exact <= room // 4 else room
-    splits = max(1, min(free, -(-tiles // max(shape.group[2], 1)), launches.MOST_SPLITS - exact))
+    # Packed groups wait for those of exact tokens, half a tile's time, where there is no room for all.
+    most = min(-(-tiles // max(shape.group[2], 1)), launches.MOST_SPLITS - exact)
+    tried = [max(1, min(free, most)) for free in (room - exact, room)]
+    splits = min(tried, key=lambda n: -(-tiles // n) + 0.5 * (n + exact > room))
     each = -(-tiles // splits)
     splits = -(-tiles // each)
     params = (
@@ -129,9 +132,9 @@ def step(
     keys, values = launches.spectral(snapshot)
     batch, query_heads, length, key_dims = queries.shape
     _, heads, capacity, value_dims = snapshot.exact_values.shape
-    most, table, group = _tables(keys, values, queries.dtype == mx.float32, place)
+    most, table, group, groups = _tables(keys, values, queries.dtype == mx.float32, place)
     shape = Shape(
-        place, queries.dtype, batch, heads, query_heads // heads, length, key_dims, value_dims, most, group
+        place, queries.dtype, batch, heads, query_heads // heads, length, key_dims, value_dims, most, group, groups
     )  # fmt: skip
     words, chunks = launches.chunk_inputs(snapshot)
     kind, strides, hidden, added = launches.mask_inputs(mask)
