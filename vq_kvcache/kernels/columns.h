@@ -9,7 +9,7 @@ enum { VQ_QUERIES = 8, VQ_COLUMN_WARPS = 4 };
 
 // A layer's table, columns.py. An entry: where its tasks begin (lookup.h), numbers of these, a byte for each warp of where
 // its tasks end, in fours of numbers, words of the head, the first of them, columns.
-enum { VQ_KEY_ORDER = 6, VQ_STAGED_WORDS = 7, VQ_COLUMN_ENTRY = 16 };
+enum { VQ_KEY_ORDER = 6, VQ_COLUMN_ENTRY = 16 };
 
 // The token of a row of the tile: lanes turn four neighbours at a time, and rows of one store are consecutive.
 VQ_FN int vq_token_of(int row) { return row % 32 * 4 + row / 32; }
@@ -290,7 +290,7 @@ VQ_FN void vq_attend_columns_packed(VQ_IN(vq_half) folded_in, VQ_IN(float) mean_
   }
   VQ_SHARED(uint) staged = (VQ_SHARED(uint))(shared + Space::staged);
   const int key_tasks = vq_own_tasks(key_entry, at.warp), value_tasks = vq_own_tasks(value_entry, at.warp);
-  const int value_words = table[VQ_STAGED_WORDS] * VQ_COLUMN_TOKENS;
+  const int value_words = key_entry[3] * VQ_COLUMN_TOKENS;  // where they begin
   VqTile t;
   if (i < last_tile) {
     t = vq_find_tile<VQ_COLUMN_TOKENS>(chunks, count, VQ_CHUNK_NAMES, i, held.packed, total_words, at.batch);

@@ -73,7 +73,7 @@ class _Alone(NamedTuple):
 
     @property
     def told(self) -> int:
-        """It is turned until its lowest bit is bit 1."""
+        """It is turned until its lowest bit is bit 1. 256 codes of 8 bits are 64 words, which six bits tell apart."""
         return self.word | (self.shift - 1) % 32 << 6 | self.width << 11
 
 
@@ -158,8 +158,7 @@ def column_table(keys: SpectralQuantizer, values: SpectralQuantizer, most: int) 
     width = max(most, values.synthesis.shape[-1])
     orders = [start + len(lists), start + len(lists) + heads * most]
     table = [
-        heads, keys.words + values.words, layouts[0].stored, layouts[1].stored, width, orders[1], orders[0],
-        most_words(keys), *([0] * 8),
+        heads, keys.words + values.words, layouts[0].stored, layouts[1].stored, width, orders[1], orders[0], *([0] * 9),
         *entries, *lists,
     ]  # fmt: skip
     for part, own in enumerate(made):

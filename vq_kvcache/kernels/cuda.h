@@ -75,6 +75,11 @@ VQ_FN void vq_load2(const uint* from, uint& a, uint& b) {
   a = x.x, b = x.y;
 }
 
+VQ_FN uint vq_address(const void* p) { return static_cast<uint>(__cvta_generic_to_shared(p)); }
+VQ_FN void vq_fetch4(uint* to, const uint* from) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" :: "r"(vq_address(to)), "l"(from));
+}
+
 // Words of a tile, fetched ahead: `words` rows of TOKENS tokens; `left` tokens exist, a multiple of four. Each call is
 // one group of copies; vq_stage_wait leaves the newest group under way.
 #define VQ_STAGED 1
@@ -82,21 +87,13 @@ template <int TOKENS>
 VQ_FN void vq_stage(uint* to, const uint* from, int capacity, int left, int words, int lane) {
   for (int i = lane; i < words * (TOKENS / 4); i += 32) {
     const int word = i / (TOKENS / 4), token = i % (TOKENS / 4) * 4;
-    if (token < left)
-      asm volatile("cp.async.cg.shared.global [%0], [%1], 16;"
-                   :: "r"(static_cast<uint>(__cvta_generic_to_shared(to + word * TOKENS + token))),
-                      "l"(from + (size_t)word * capacity + token));
+    if (token < left) vq_fetch4(to + word * TOKENS + token, from + (size_t)word * capacity + token);
   }
   asm volatile("cp.async.commit_group;");
-}
-VQ_FN void vq_fetch4(uint* to, const uint* from) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;"
-               :: "r"(static_cast<uint>(__cvta_generic_to_shared(to))), "l"(from));
 }
 VQ_FN void vq_stage_nothing() { asm volatile("cp.async.commit_group;"); }
 VQ_FN void vq_stage_wait() { asm volatile("cp.async.wait_group 1;" ::: "memory"); }
 
-VQ_FN uint vq_address(const void* p) { return static_cast<uint>(__cvta_generic_to_shared(p)); }
 VQ_FN void vq_ldmatrix(uint (&r)[4], const vq_half* p) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(vq_address(p)) : "memory");
