@@ -179,3 +179,19 @@ def test_arrays_decoded_by_the_kernel_are_those_of_plain_operations(dtype, both,
         unit = {mx.float16: 2.0**-10, mx.bfloat16: 2.0**-7, mx.float32: 2.0**-20}[dtype]
         assert np.abs(numpy(found) - numpy(plain)).max() <= 2 * unit * np.abs(numpy(plain)).max()
     assert calls == (["decode"] if both else ["decode", "decode"])
+
+
+def test_the_cuda_source_is_short_and_named_after_the_whole_text(monkeypatch):
+    """MLX hashes it at every evaluation, and keeps what it compiled by name."""
+    made = []
+    monkeypatch.setattr(kernels.mx.fast, "cuda_kernel", lambda **options: made.append(options))
+    for text in ("", "// changed"):
+        monkeypatch.setattr(kernels, "header", lambda place, text=text: text)
+        kernels._kernel.__wrapped__(kernels.MERGE, "cuda", 0, 128)
+    first, second = made
+    assert len(first["header"]) + len(first["source"]) < 2500
+    assert [line.split('"')[1] for line in first["header"].splitlines() if "#include" in line] == [
+        str(kernels.FOLDER / name) for name in ("cuda.h", *kernels.TEXTS)
+    ]
+    assert first["header"] == second["header"]
+    assert first["name"] != second["name"]

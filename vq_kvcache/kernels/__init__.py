@@ -1,6 +1,7 @@
 """One kernel text for Metal, CUDA and the host: read it, choose the back-end, build once, launch.
 
 header = a prelude (metal.h, cuda.h; host.h in tests) + helpers + body; source = the back-end's prologue + one call.
+CUDA's compiler is told to include the files: MLX hashes a kernel's whole source whenever it evaluates one.
 Numbers that change from step to step come in `params`, widths and words in `table`, so one variant for each dtype and
 head_dim serves every layer of every model.
 """
@@ -114,7 +115,11 @@ class Launch:
 
 def header(place: str) -> str:
     """The kernel text for a compiler, without any kernel."""
-    return text(f"{place}.h", *(name for name in TEXTS if place != "metal" or name not in NOT_METAL))
+    return text(*_files(place))
+
+
+def _files(place: str) -> tuple[str, ...]:
+    return f"{place}.h", *(name for name in TEXTS if place != "metal" or name not in NOT_METAL)
 
 
 @functools.cache
@@ -146,13 +151,16 @@ def backend() -> Backend:
 @functools.cache
 def _kernel(body: Body, place: str, shared: int, threads: int) -> Any:
     top = header(place)
+    digest = hashlib.sha256(top.encode())
     if place == "cuda":
+        top = "".join(f'#include "{FOLDER / name}"\n' for name in _files(place))
         # MLX writes the signature; registers are to leave room for as many groups as shared memory does.
         groups = min(max(SHARED_BYTES // (shared + GROUP_BYTES), 1), max(MOST_THREADS // threads, 1), MOST_GROUPS)
         top += f"\n#define __global__ __attribute__((global)) __launch_bounds__({threads}, {groups})\n"
     source = PROLOGUES[place].replace("{floats}", str(max(-(-shared // 16), 1))) + body.call
     # The name tells variants apart, and so must their shared memory and threads.
-    name = f"vq_{body.name}_{hashlib.sha256((top + source).encode()).hexdigest()[:12]}_{shared}_{threads}"
+    digest.update((top + source).encode())
+    name = f"vq_{body.name}_{digest.hexdigest()[:12]}_{shared}_{threads}"
     names: dict[str, Any] = {"input_names": list(body.inputs), "output_names": list(body.outputs)}
     if place == "metal":
         return mx.fast.metal_kernel(name=name, **names, source=source, header=top)
