@@ -3,9 +3,11 @@
 import concurrent.futures
 import dataclasses
 import functools
+import gc
 import os
 import subprocess
 import sys
+import threading
 
 import mlx.core as mx
 import numpy as np
@@ -341,31 +343,59 @@ def test_only_a_gpu_is_waited_for_and_nothing_while_tracing(monkeypatch):
     with monkeypatch.context() as patched:
         patched.setattr(mx, "eval", waited.append)
         attention.wait_for(x)
+        attention.keep_pace(x)
         assert not waited
         patched.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
-        attention.wait_for(x, from_bytes=13)
-        assert not waited
-        attention.wait_for(x, x, from_bytes=13)
+        attention.wait_for(x)
         assert len(waited) == 1
 
     def traced(y):
         attention.wait_for(y)
+        attention.keep_pace(y)
         return y + 1
 
     monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
+    monkeypatch.setattr(attention, "LARGE_CHUNK", 1)
     assert mx.compile(traced)(x).tolist() == [1, 1, 1]
 
 
+def test_large_pieces_of_a_prompt_wait_for_the_piece_before(monkeypatch):
+    did = []
+    monkeypatch.setattr(attention, "_sent", threading.local())
+    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
+    monkeypatch.setattr(mx, "depends", lambda marks, arrays: [a.item() for a in arrays])
+    monkeypatch.setattr(mx, "async_eval", lambda marks: did.append(("sent", *marks)))
+    monkeypatch.setattr(mx, "eval", lambda marks: did.append(("awaited", *marks)))
+    monkeypatch.setattr(attention, "LARGE_CHUNK", 8)
+    a, b, small = mx.array(1.0), mx.array(2.0), mx.array(3.0, mx.float16)
+    attention.keep_pace(a, a)
+    attention.keep_pace(small, small)
+    attention.keep_pace(b, b)
+    assert did == [("sent", 1, 1), ("awaited",), ("sent", 2, 2), ("awaited", 1, 1)]
+
+
+def test_keeping_pace_holds_nothing(monkeypatch):
+    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
+    with mx.stream(mx.cpu):
+        gc.collect()
+        before, x = mx.get_active_memory(), mx.zeros(1 << 22)
+        mx.eval(x)
+        attention.keep_pace(x)
+        mx.synchronize(mx.cpu)
+        del x
+        assert mx.get_active_memory() < before + (1 << 20)
+
+
 @pytest.mark.parametrize("kind", ["one", "batch"])
-def test_large_pieces_of_a_prompt_are_waited_for(kind, monkeypatch):
+def test_what_is_appended_keeps_pace(kind, monkeypatch):
     """Or the memory of every layer's share is held at once."""
-    waited = []
+    paced = []
     module = {"one": cache, "batch": batch_cache}[kind]
-    monkeypatch.setattr(module, "wait_for", lambda *arrays, from_bytes: waited.append((len(arrays), from_bytes)))
+    monkeypatch.setattr(module, "keep_pace", lambda *arrays: paced.append(len(arrays)))
     made = {
         "one": lambda: cache.SpectralKVCache(cache.LOSSLESS),
         "batch": lambda: batch_cache.BatchSpectralKVCache([0], cache.LOSSLESS),
     }[kind]()
     keys = mx.zeros((1, 2, 5, 64))
     made.update_and_fetch(keys, keys)
-    assert waited == [(2, attention.LARGE_CHUNK)]
+    assert paced == [2]

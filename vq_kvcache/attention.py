@@ -8,6 +8,7 @@ import contextlib
 import functools
 import itertools
 import os
+import threading
 from collections.abc import Callable
 from typing import Literal
 
@@ -127,14 +128,28 @@ def _attend_decoded(
     return results[0] if len(results) == 1 else mx.concatenate(results, axis=1)
 
 
-def wait_for(*arrays: mx.array, from_bytes: int = 0) -> None:
-    """Until what a GPU needed for these arrays, if they are as large as that, is free again: MLX sends it the work of
-    dozens of layers ahead, each with memory of its own."""
-    if mx.default_device().type != mx.DeviceType.gpu or sum(a.nbytes for a in arrays) < from_bytes:
+def wait_for(*arrays: mx.array) -> None:
+    """Until what a GPU needed for these arrays is free again."""
+    if mx.default_device().type == mx.DeviceType.gpu:
+        # While MLX traces a function, nothing can be waited for.
+        with contextlib.suppress(ValueError):
+            mx.eval(arrays)
+
+
+_sent = threading.local()
+
+
+def keep_pace(*arrays: mx.array) -> None:
+    """Send what these arrays need to a GPU, if they are a large piece of a prompt, and wait for those of the last call:
+    MLX would send it the work of dozens of layers ahead, each with memory of its own. Waiting for these instead would
+    leave it without work whenever Python builds a layer."""
+    if mx.default_device().type != mx.DeviceType.gpu or sum(a.nbytes for a in arrays) < LARGE_CHUNK:
         return
-    # While MLX traces a function, nothing can be waited for.
-    with contextlib.suppress(ValueError):
-        mx.eval(arrays)
+    with contextlib.suppress(ValueError):  # as above
+        mark = mx.depends([mx.array(0)], list(arrays))  # which holds nothing of theirs
+        mx.async_eval(mark)  # type: ignore[no-untyped-call]
+        mx.eval(getattr(_sent, "mark", []))
+        _sent.mark = mark
 
 
 def _trusts(snapshot: Snapshot, place: str) -> bool:

@@ -13,7 +13,7 @@ import mlx.core as mx
 from mlx_lm.models.base import create_causal_mask
 from mlx_lm.models.cache import BatchKVCache
 
-from .attention import LARGE_CHUNK, Mask, wait_for
+from .attention import Mask, keep_pace
 from .batch_storage import BatchStorage
 from .cache import MOST_TOKENS, Planned, SpectralKVCache, View
 from .chunks import Chunk, Chunks
@@ -91,7 +91,7 @@ class BatchSpectralKVCache(Planned, BatchKVCache):  # type: ignore[misc]  # mlx-
 
         Columns that the left padding, or `prepare`, says to be pads are not kept.
         """
-        wait_for(keys, values, from_bytes=LARGE_CHUNK)
+        keep_pace(keys, values)
         storage, added = self._storage_for(keys, values), keys.shape[2]
         skipped, real = self._real(added)
         storage.append(keys, values, skipped, real)

@@ -11,7 +11,7 @@ import numpy as np
 from mlx_lm.models import cache as mlx_lm_cache
 from mlx_lm.models.cache import KVCache, create_attention_mask
 
-from .attention import LARGE_CHUNK, Mask, attend, wait_for
+from .attention import Mask, attend, keep_pace
 from .chunks import Chunk
 from .drift import Drift, warn_once
 from .options import CacheOptions
@@ -309,7 +309,7 @@ class SpectralKVCache(Planned, KVCache):  # type: ignore[misc]  # mlx-lm is unty
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """Append keys [B, H, L, Dk] and values [B, H, L, Dv]; return handles on all of them."""
-        wait_for(keys, values, from_bytes=LARGE_CHUNK)
+        keep_pace(keys, values)
         storage = self._storage_for(keys, values)
         storage.append(keys, values)
         if storage.due:
