@@ -11,7 +11,7 @@ from mlx_lm.models import cache as mlx_lm_cache
 from mlx_lm.models.cache import BatchKVCache, KVCache
 
 import vq_kvcache
-from vq_kvcache import cache
+from vq_kvcache import batch_cache, cache
 from vq_kvcache.batch_cache import BatchSpectralKVCache, RowMask
 from vq_kvcache.cache import LOSSLESS, Planned, SpectralKVCache
 from vq_kvcache.spectral import intercept
@@ -337,6 +337,27 @@ def test_rows_are_sealed_together_once_in_64_steps(batch):
         assert max(made._storage.newest) < WINDOW + 16 + 2 * 64
     assert len(seals) >= 5
     assert min(np.diff(seals)) >= 64
+
+
+def test_drift_is_read_only_when_something_is_packed(batch, monkeypatch):
+    """On a GPU whoever reads waits for it."""
+    due = []
+    monkeypatch.setattr(batch_cache, "warn_once", lambda sums, name: due.append(made._storage.due))
+    made = batch([0, 3])
+    fed(made, 300, 2)
+    for _ in range(130):
+        made.update_and_fetch(*pair(1, 2, dtype=mx.float32))
+    assert len(due) == 2
+    assert due[1] == 128
+
+
+def test_offsets_of_rows_are_one_array_for_all_layers(batch):
+    first, second = (fed(batch([0, 3]), 9, 2)[0] for _ in range(2))
+    assert first._storage.layout.tokens is second._storage.layout.tokens
+    own = first.offset
+    own += 5
+    assert own.tolist() == [14, 11]
+    assert first.offset.tolist() == second.offset.tolist() == [9, 6]
 
 
 def test_only_tokens_are_watched_for_drift(codec):

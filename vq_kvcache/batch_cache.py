@@ -98,14 +98,15 @@ class BatchSpectralKVCache(Planned, BatchKVCache):  # type: ignore[misc]  # mlx-
         self._columns += added
         if self._ahead is not None:
             self._ahead = tuple(max(n - added, 0) for n in self._ahead)
-        if due := storage.due:
-            warn_once(storage.drift, self._plan_name)
         # Within a prompt chunk, queries see the chunk itself exact; single tokens are packed two blocks at a time, so
         # that one seal in 64 steps serves all rows.
-        if added <= LAG and due >= 2 * BLOCK:
-            storage.seal()
+        few, due = added <= LAG, storage.due
+        if due >= (2 * BLOCK if few else 1):  # and not in every step: what is read may have to be waited for
+            warn_once(storage.drift, self._plan_name)
+            if few:
+                storage.seal()
         snapshot = storage.snapshot()
-        if added > LAG and not self._pads_are_held:
+        if not few and not self._pads_are_held:
             storage.seal()
         return self._handles(snapshot)
 
@@ -128,6 +129,8 @@ class BatchSpectralKVCache(Planned, BatchKVCache):  # type: ignore[misc]  # mlx-
     def offset(self) -> mx.array:
         """Tokens of each row, int32 [B]; less than 0 while padding on the left is still to come. Never changed in
         place."""
+        if self._storage is not None and self._columns >= max(self._left_padding):
+            return mx.array(self._storage.layout.tokens)  # the memory of one array for all layers
         coming = (min(self._columns - padding, 0) for padding in self._left_padding)
         return mx.array([a + b for a, b in zip(self._lengths, coming, strict=True)], mx.int32)
 
