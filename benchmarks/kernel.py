@@ -19,6 +19,7 @@ import mlx.core as mx
 from tqdm import tqdm
 
 from vq_kvcache import doctor, kernels
+from vq_kvcache.chunks import Packed
 from vq_kvcache.kernels import steps
 from vq_kvcache.rows import rows_of
 from vq_kvcache.storage import Snapshot
@@ -67,7 +68,7 @@ def snapshot(tokens: int, batch: int, bits: float) -> Snapshot:
     exact = [mx.random.normal((batch, HEADS, 256, DIMS)).astype(mx.bfloat16) for _ in range(2)]
     mx.eval(words, exact)
     rows = rows_of((4,) * batch, (4,) * batch, EXACT, (packed,) * batch)
-    return Snapshot(exact[0], exact[1], ((words, packed),), rows, keys, values)
+    return Snapshot(exact[0], exact[1], Packed([(words, packed)]), rows, keys, values)
 
 
 def main() -> None:
@@ -79,7 +80,8 @@ def main() -> None:
     if place == "ops":
         raise SystemExit(f"no kernels on {mx.default_device()}; expected a GPU that has them; run this on one.")
     start = time.perf_counter()
-    wrong = doctor.first_wrong(place, DIMS, DIMS, mx.bfloat16) or doctor.wrong_codes(place)
+    variant = place, DIMS, DIMS, mx.bfloat16
+    wrong = doctor.first_wrong(*variant) or doctor.wrong_arrays(*variant) or doctor.wrong_codes(place)
     first_use, rate, rows = time.perf_counter() - start, copy_rate(), []
     bits = [float(b) for b in args.bits.split(",")]
     for tokens, batch in tqdm(SHAPES, unit="shape"):

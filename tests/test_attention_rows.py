@@ -2,6 +2,7 @@
 
 import functools
 
+import host_kernels
 import mlx.core as mx
 import numpy as np
 import oracle
@@ -145,6 +146,18 @@ def test_rows_that_are_alike_need_no_gathering(monkeypatch):
     np.testing.assert_allclose(numpy(attend(snapshot, queries, 0.2, "causal")), numpy(expected), atol=ERROR)
 
 
+def _check_prompt(snapshot, lengths, mask_name):
+    queries = mx.random.normal((len(lengths), HEADS * GROUPS, 20, DIMS), key=mx.random.key(8))
+    mask = masks(20, len(lengths))[mask_name]
+    mask = mask if mask is None or isinstance(mask, str) else mx.array(mask)
+    sinks = mx.arange(HEADS * GROUPS) / 3
+    result = numpy(attention._attend_decoded(snapshot, queries, 0.2, mask, sinks, "cuda"))
+    expected = numpy(attend_reference(snapshot, queries, 0.2, mask, sinks))
+    for row, length in enumerate(lengths):
+        if length >= 20:
+            np.testing.assert_allclose(result[row], expected[row], atol=ERROR)
+
+
 @pytest.mark.parametrize("lengths", [LENGTHS, (450, 450)])
 @pytest.mark.parametrize("name", sorted(masks(1, 1)))
 def test_prompts_are_attended_over_a_decoding_of_some_heads_at_a_time(monkeypatch, name, lengths):
@@ -158,13 +171,17 @@ def test_prompts_are_attended_over_a_decoding_of_some_heads_at_a_time(monkeypatc
 
     monkeypatch.setattr(attention.launches, "decode_heads", decode_heads)
     monkeypatch.setattr(attention, "DECODED_BYTES", attention._decoded_bytes(snapshot, 1))
-    queries = mx.random.normal((len(lengths), HEADS * GROUPS, 20, DIMS), key=mx.random.key(8))
-    mask = masks(20, len(lengths))[name]
-    mask = mask if mask is None or isinstance(mask, str) else mx.array(mask)
-    sinks = mx.arange(HEADS * GROUPS) / 3
-    result = numpy(attention._attend_decoded(snapshot, queries, 0.2, mask, sinks, "cuda"))
-    expected = numpy(attend_reference(snapshot, queries, 0.2, mask, sinks))
-    for row, length in enumerate(lengths):
-        if length >= 20:
-            np.testing.assert_allclose(result[row], expected[row], atol=ERROR)
+    _check_prompt(snapshot, lengths, name)
     assert seen == [(0, 0, 1), (1, 0, 1), (0, 1, 1), (1, 1, 1)]
+
+
+@pytest.mark.parametrize("lengths", [LENGTHS, (450, 450)])
+@pytest.mark.parametrize("name", sorted(masks(1, 1)))
+def test_prompts_are_attended_over_a_decoding_of_all_heads_where_there_is_room(monkeypatch, name, lengths):
+    """The same with the kernels' text, run by the host."""
+    snapshot, ran = snapshot_of("spectral", lengths), []
+    monkeypatch.setattr(
+        attention.launches, "run", lambda launch, _: ran.append(launch.body.name) or host_kernels.run(launch)
+    )
+    _check_prompt(snapshot, lengths, name)
+    assert ran == ["decode", "decode", "restore"]

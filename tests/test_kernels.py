@@ -2,6 +2,7 @@
 with Metal's against a shim of its library; on a GPU by MLX."""
 
 import dataclasses
+from concurrent import futures
 
 import host_kernels
 import metal_kernels
@@ -98,11 +99,11 @@ def test_plain_operations_can_be_asked_for(monkeypatch):
 
 @pytest.fixture
 def _nothing_tried():
-    trust.trusted.cache_clear()
-    trust.trusted_codes.cache_clear()
+    for known in (trust.trusted, trust.trusted_codes, trust.trusted_arrays):
+        known.cache_clear()
     yield
-    trust.trusted.cache_clear()
-    trust.trusted_codes.cache_clear()
+    for known in (trust.trusted, trust.trusted_codes, trust.trusted_arrays):
+        known.cache_clear()
 
 
 @pytest.mark.usefixtures("_nothing_tried")
@@ -121,9 +122,11 @@ class TestTrust:
     @pytest.mark.parametrize("place", PLACES)
     def test_kernels_that_are_right_are_used(self, place, monkeypatch):
         monkeypatch.setattr(kernels, "run", run)
+        monkeypatch.setattr(launches, "run", run)
         monkeypatch.setattr(doctor, "compare", lambda case, place, own=doctor.compare: own(case, place, run))
         assert trust.trusted(place, 64, 64, mx.float16)
         assert trust.trusted_codes(place)
+        assert trust.trusted_arrays(place, 64, 96, mx.float16)
 
     @pytest.mark.parametrize(("body", "told"), [("encode", "encoding: error"), ("decode", "decoding: levels off by")])
     def test_codes_that_are_wrong_are_not_trusted(self, body, told, monkeypatch):
@@ -134,6 +137,27 @@ class TestTrust:
         monkeypatch.setattr(kernels, "run", wrong)
         with pytest.warns(UserWarning, match=f"the {PLACE} kernels do not work here .{told}"):
             assert not trust.trusted_codes(PLACE)
+
+    @pytest.mark.parametrize(("body", "told"), [("restore", "prompts off by"), ("decode", "prompts off by")])
+    def test_arrays_that_are_wrong_are_not_trusted(self, body, told, monkeypatch):
+        def wrong(launch, place):
+            result = run(launch, place)
+            return [mx.roll(r, 1, axis=-1) for r in result] if launch.body.name == body else result
+
+        monkeypatch.setattr(launches, "run", wrong)
+        with pytest.warns(UserWarning, match=f"the {PLACE} kernels do not work here .*{told}"):
+            assert not trust.trusted_arrays(PLACE, 64, 96, mx.bfloat16)
+
+    def test_arrays_may_be_as_coarse_as_mlx_own_products(self, monkeypatch):
+        """Those of float32 have ten bits where a GPU has TF32."""
+        monkeypatch.setattr(launches, "run", run)
+
+        def coarse(*rest, own=launches._turned):
+            product, factor = own(*rest)
+            return (product.view(mx.uint32) & ~mx.array(0x1FFF, mx.uint32)).view(mx.float32), factor
+
+        monkeypatch.setattr(launches, "_turned", coarse)
+        assert trust.trusted_arrays(PLACE, 64, 64, mx.float32)
 
     def test_wrong_kernels_encode_nothing(self, monkeypatch):
         quantizer = doctor.quantizer(64, 2, 3.5, 0)
@@ -152,6 +176,7 @@ class TestTrust:
 def test_doctor_fails_when_anything_is_wrong(error, codes, status, monkeypatch, capsys):
     monkeypatch.setattr(kernels, "backend", lambda: "metal")
     monkeypatch.setattr(doctor, "wrong_codes", lambda place: codes)
+    monkeypatch.setattr(doctor, "wrong_arrays", lambda *rest: "")
     monkeypatch.setattr(doctor, "compare", lambda case, place: (error, 0.0))
     assert doctor.main(["--only", "head_dim 192/128"]) == status
     told = capsys.readouterr().out
@@ -165,20 +190,34 @@ def test_doctor_says_where_it_is(capsys):
     assert ("no kernels here" in told) == (kernels.backend() == "ops")
 
 
-@pytest.mark.parametrize("both", [True, False], ids=["alike", "of two sizes"])
+@pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16, mx.float32], ids=["float16", "bfloat16", "float32"])
-def test_arrays_decoded_by_the_kernel_are_those_of_plain_operations(dtype, both, monkeypatch):
-    held = doctor.snapshot(doctor.Case(96, 96 if both else 64, bits=3.0, dtype=dtype, batch=2, tokens=333))
-    expected = held.decoded()
-    calls = []
-    monkeypatch.setattr(storage, "backend", lambda: "cuda")
+@pytest.mark.parametrize(("batch", "dims", "first"), [(1, (96, 96), (0,)), (2, (96, 64), (3, 0))], ids=["alike", "odd"])
+@pytest.mark.parametrize("prompt", [False, True], ids=["handles", "prompt"])
+def test_arrays_restored_by_the_kernels_are_those_of_plain_operations(
+    prompt, batch, dims, first, dtype, place, monkeypatch
+):
+    held = doctor.snapshot(doctor.Case(*dims, bits=3.0, dtype=dtype, batch=batch, tokens=333))
+    columns = held.length + max(first)
+    expected = held.decoded(first, columns)
+    again, calls = dataclasses.replace(held), []
+    monkeypatch.setattr(storage, "backend", lambda: place)
     monkeypatch.setattr(storage, "trusted_codes", lambda place: True)
-    monkeypatch.setattr(launches, "run", lambda launch, place: calls.append(launch.body.name) or run(launch, PLACE))
-    for found, plain in zip(held.decoded(), expected, strict=True):
+    monkeypatch.setattr(storage, "trusted_arrays", lambda *variant: True)
+    monkeypatch.setattr(storage.mx, "compile", lambda function: function)
+    monkeypatch.setattr(launches, "run", lambda launch, at: calls.append(launch.body.name) or run(launch, at))
+    unit = {mx.float16: 2.0**-10, mx.bfloat16: 2.0**-7, mx.float32: 2.0**-20}[dtype]
+    if prompt:
+        exact = held.exact_keys, held.exact_values
+        restored = launches.restore(*again.codes, held.layout, *exact, first, columns, place, prompt=True)
+    else:
+        restored = again.decoded(first, columns)
+    for found, plain in zip(restored, expected, strict=True):
         assert found.dtype == dtype
-        unit = {mx.float16: 2.0**-10, mx.bfloat16: 2.0**-7, mx.float32: 2.0**-20}[dtype]
-        assert np.abs(numpy(found) - numpy(plain)).max() <= 2 * unit * np.abs(numpy(plain)).max()
-    assert calls == (["decode"] if both else ["decode", "decode"])
+        for row, (start, tokens) in enumerate(zip(first, held.layout.lengths, strict=True)):
+            a, b = (numpy(x)[row, :, start : start + tokens] for x in (found, plain))
+            assert np.abs(a - b).max() <= 2 * unit * np.abs(b).max()
+    assert calls == ["decode", "decode", "restore"]
 
 
 def test_the_cuda_source_is_short_and_named_after_the_whole_text(monkeypatch):
@@ -195,3 +234,16 @@ def test_the_cuda_source_is_short_and_named_after_the_whole_text(monkeypatch):
     ]
     assert first["header"] == second["header"]
     assert first["name"] != second["name"]
+
+
+def test_what_is_kept_by_thread_is_made_again_in_another():
+    made = []
+    function = launches.kept_by_thread(2)(lambda key: made.append(key) or object())
+    own = function(1)
+    assert function(1) is own
+    with futures.ThreadPoolExecutor(1) as pool:
+        assert pool.submit(function, 1).result() is not own
+        for key in (2, 3):
+            pool.submit(function, key).result()
+    assert function(1) is own  # what another thread lets go is not this one's
+    assert made == [1, 1, 2, 3]

@@ -425,3 +425,25 @@ def test_chunks_that_append_never_leaves_are_told_apart(sizes, fit):
     assert chunks.fit(2, 3) is fit
     assert not chunks.fit(1, 3)
     assert not chunks.fit(2, 4)
+
+
+def test_what_kernels_read_is_gathered_again_only_when_it_changes():
+    codes = Chunks()
+    codes.append(mx.zeros((1, 3, 600), mx.uint32))
+    first = codes.packed
+    assert codes.packed is first
+    words, sizes = first.inputs
+    assert sizes == ((600, words[0].shape[-1]),)
+    assert len(words) == MAX_CHUNKS
+    assert max(a.nbytes for a in words[1:]) < 64  # MLX counts the bytes of inputs
+    for change in (
+        lambda: codes.append(mx.ones((1, 3, 7), mx.uint32)),
+        lambda: codes.write(3, mx.ones((1, 3, 1), mx.uint32)),
+        lambda: codes.cut(604),
+        lambda: codes.take(mx.array([0, 0])),
+    ):
+        before = codes.packed
+        change()
+        assert not codes._packed  # nothing holds what was written over
+        assert codes.packed is not before
+        assert [(w.tolist(), n) for w, n in codes.packed] == [(c.words.tolist(), c.tokens) for c in codes.held]

@@ -66,13 +66,11 @@ def attend(
     """
     if not snapshot.packed:
         return attend_reference(snapshot, queries, scale, mask, sinks)
-    place = kernels.backend()
-    # The kernels' tables place values' words behind the keys'.
-    fits = place != "ops" and not snapshot.keys_twice and launches.fits(snapshot, queries, place)
-    if fits and _trusts(snapshot, place):
+    place = snapshot.place
+    if place != "ops" and launches.fits(snapshot, queries, place) and _trusts(snapshot, place):
         if queries.shape[2] <= launches.MOST_QUERIES:
             return attend_codes(snapshot, queries, scale, mask, sinks, place)
-        if _decoded_bytes(snapshot, 1) <= DECODED_BYTES:
+        if _decoded_bytes(snapshot, 1) <= DECODED_BYTES and snapshot.restores:
             return _attend_decoded(snapshot, queries, scale, mask, sinks, place)
     return attend_ops(snapshot, queries, scale, mask, sinks)
 
@@ -101,31 +99,35 @@ def _attend_decoded(
     snapshot: Snapshot, queries: mx.array, scale: float, mask: Mask, sinks: mx.array | None, place: str
 ) -> mx.array:
     """For prompts: MLX's own attention over a decoding of as many heads at a time as DECODED_BYTES hold."""
-    heads, query_heads = snapshot.exact_keys.shape[1], queries.shape[1]
-    most, group = max(DECODED_BYTES // _decoded_bytes(snapshot, 1), 1), query_heads // heads
-    layout, order = snapshot.layout, None
+    heads, layout = snapshot.exact_keys.shape[1], snapshot.layout
     if not layout.alike:
-        order, mask = layout.order((0,) * len(queries), layout.length), _within_rows(layout, mask, queries.shape[2])
-    results: list[mx.array] = []
+        mask = _within_rows(layout, mask, queries.shape[2])
+    most = max(DECODED_BYTES // _decoded_bytes(snapshot, 1), 1)
+    start, length, attention = (0,) * len(queries), layout.length, original_attention()
+    if most >= heads:
+        codes, chunks = snapshot.codes
+        exact = snapshot.exact_keys, snapshot.exact_values
+        keys, values = launches.restore(codes, chunks, layout, *exact, start, length, place, prompt=True)
+        return attention(queries, keys, values, scale=scale, mask=mask, sinks=sinks)
+    order = None if layout.alike else layout.order(start, length)
+    group, results = queries.shape[1] // heads, []
     for first in range(0, heads, most):
         count = min(most, heads - first)
         rows = slice(first * group, (first + count) * group)
-        decoded = (
-            launches.decode_both(snapshot, place)
-            if count == heads
-            else tuple(launches.decode_heads(snapshot, part, first, count, place) for part in (0, 1))
-        )
         keys, values = (
-            snapshot.in_order(exact[:, first : first + count], middle, order)
-            for exact, middle in zip((snapshot.exact_keys, snapshot.exact_values), decoded, strict=True)
+            layout.in_order(
+                exact[:, first : first + count], launches.decode_heads(snapshot, part, first, count, place), order
+            )
+            for part, exact in enumerate((snapshot.exact_keys, snapshot.exact_values))
         )
-        own = mask[:, rows] if isinstance(mask, mx.array) and mask.ndim == 4 and mask.shape[1] == query_heads else mask
+        own = mask
+        if isinstance(mask, mx.array) and mask.ndim == 4 and mask.shape[1] == queries.shape[1]:
+            own = mask[:, rows]
         logits = None if sinks is None else sinks[rows]
-        results.append(original_attention()(queries[:, rows], keys, values, scale=scale, mask=own, sinks=logits))
-        del decoded, keys, values
-        if count < heads:  # or the decodings of all would be held
-            wait_for(results[-1])
-    return results[0] if len(results) == 1 else mx.concatenate(results, axis=1)
+        results.append(attention(queries[:, rows], keys, values, scale=scale, mask=own, sinks=logits))
+        del keys, values
+        wait_for(results[-1])  # or the decodings of all heads would be held
+    return mx.concatenate(results, axis=1)
 
 
 def wait_for(*arrays: mx.array) -> None:

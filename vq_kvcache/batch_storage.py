@@ -11,7 +11,7 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
-from .chunks import MAX_CHUNKS, Chunk, Chunks, fill_pages, words_between, written
+from .chunks import MAX_CHUNKS, Chunk, Chunks, fill_pages, written
 from .drift import DriftSums
 from .rows import Rows, rows_of
 from .spectral.sealing import BLOCK, LAG, tokens_to_seal
@@ -91,7 +91,7 @@ class BatchStorage:
     def _settled(self) -> bool:
         """Whether the next token of every row goes to its window."""
         counts = zip(self.held_sinks, self.packed_tokens, strict=True)
-        return all(held == self.sinks or packed for held, packed in counts)
+        return min(self.held_sinks) == self.sinks or all(held == self.sinks or packed for held, packed in counts)
 
     @property
     def _fresh(self) -> bool:
@@ -176,7 +176,7 @@ class BatchStorage:
     @property
     def due(self) -> int:
         """Tokens that `seal` would pack now of the row that has the most."""
-        return max((tokens_to_seal(count, self.window) for count in self.newest), default=0)
+        return tokens_to_seal(self.window_end - min(self.window_start, default=self.window_end), self.window)
 
     def seal(self) -> None:
         """Pack the oldest exact tokens beyond each row's window, whole blocks of them."""
@@ -238,8 +238,7 @@ class BatchStorage:
         self.window_start = tuple(self.window_start[row] for row in rows)
         self.packed_tokens = tuple(self.packed_tokens[row] for row in rows)
         self.codes.cut(max(self.packed_tokens))
-        for chunk in self.codes.held:
-            chunk.words = chunk.words[index]
+        self.codes.take(index)
 
     # -- joining and parting
 
@@ -308,9 +307,8 @@ class BatchStorage:
 
     def snapshot(self) -> Snapshot:
         """What is held now."""
-        packed = tuple((c.words, c.tokens) for c in self.codes.held)
         return Snapshot(
-            self.exact_keys, self.exact_values, packed, self.layout, self.key_quantizer, self.value_quantizer
+            self.exact_keys, self.exact_values, self.codes.packed, self.layout, self.key_quantizer, self.value_quantizer
         )
 
     def check(self) -> None:
@@ -352,6 +350,5 @@ def _columns_of(codes: Chunks, batch: int, first: int, chunk: Chunk) -> mx.array
     missing = chunk.capacity - max(end - first, 0)
     parts = [mx.zeros((batch, chunk.words.shape[1], missing), mx.uint32)]
     if end > first:
-        held = tuple((c.words, c.tokens) for c in codes.held)
-        parts.insert(0, words_between(held, first, end))
+        parts.insert(0, codes.words(first, end))
     return mx.concatenate(parts, axis=-1)

@@ -1,6 +1,7 @@
 """Packed codes of one layer, in a few chunks that are hardly ever moved once written."""
 
 import dataclasses
+import functools
 import itertools
 import mmap
 
@@ -8,6 +9,7 @@ import mlx.core as mx
 
 SMALLEST_CHUNK = 512  # tokens; a later chunk holds a quarter of what is packed already
 MAX_CHUNKS = 8  # a kernel takes that many buffers
+LEAST_INPUT = 8  # elements: Metal keeps smaller inputs in another address space
 ALLOCATOR_BYTES = 64  # at most, that an allocator adds to a buffer before it rounds up to whole pages
 
 
@@ -33,6 +35,30 @@ class Chunk:
         return int(self.words.shape[-1])
 
 
+class Packed(tuple[tuple[mx.array, int], ...]):
+    """(words uint32 [B, W, capacity], columns in use) of each chunk at one moment."""
+
+    @functools.cached_property
+    def inputs(self) -> tuple[list[mx.array], tuple[tuple[int, int], ...]]:
+        """What kernels read: MAX_CHUNKS buffers, those of no chunk empty, and (columns in use, capacity) of the others.
+        MLX sends work to a GPU after so many bytes of inputs, so no large buffer is named twice."""
+        words = [_padded(held) if held.shape[-1] % 4 else held for held, _ in self]
+        sizes = tuple((tokens, own.shape[-1]) for (_, tokens), own in zip(self, words, strict=True))
+        return words + [_no_words()] * (MAX_CHUNKS - len(words)), sizes
+
+
+def _padded(words: mx.array) -> mx.array:
+    """Words [B, W, T] with T a multiple of four."""
+    return mx.pad(words, [(0, 0), (0, 0), (0, -words.shape[-1] % 4)])
+
+
+@functools.cache
+def _no_words() -> mx.array:
+    none = mx.zeros(LEAST_INPUT, mx.uint32)
+    mx.eval(none)
+    return none
+
+
 class Chunks:
     """Packed tokens of B rows side by side: column c of all chunks, one after another, is packed token c of each row.
     Only the last chunk may have columns that are not in use. Until more are held than `expected`, none beyond those are
@@ -42,11 +68,27 @@ class Chunks:
     def __init__(self, chunks: list[Chunk] | None = None, expected: int = 0) -> None:
         self.held: list[Chunk] = chunks or []
         self.expected = expected
+        self._packed = Packed()
 
     @property
     def tokens(self) -> int:
         """Columns in use."""
         return sum(chunk.tokens for chunk in self.held)
+
+    @property
+    def packed(self) -> Packed:
+        """What is held now; the same object until something changes."""
+        now = [(chunk.words, chunk.tokens) for chunk in self.held]
+        same = len(now) == len(self._packed)
+        if not same or any(a is not b or m != n for (a, m), (b, n) in zip(now, self._packed, strict=True)):
+            self._packed = Packed(now)
+        return self._packed
+
+    def take(self, rows: mx.array) -> None:
+        """Keep these rows, in this order."""
+        self._packed = Packed()
+        for chunk in self.held:
+            chunk.words = chunk.words[rows]
 
     def append(self, words: mx.array) -> None:
         """Add words [B, W, n] behind the last column in use."""
@@ -56,6 +98,7 @@ class Chunks:
 
     def extend_to(self, tokens: int, batch: int, width: int) -> None:
         """Put at least `tokens` columns to use; chunks are added for those that have no place."""
+        self._packed = Packed()  # or it would keep what is written over, and MLX could not write in place
         missing = tokens - self.tokens
         if missing > 0 and self.held:
             last = self.held[-1]
@@ -76,6 +119,7 @@ class Chunks:
 
     def write(self, column: int, words: mx.array, row: int | None = None) -> None:
         """Set columns column.. that are in use to words [B, W, n], or those of one row to words [1, W, n]."""
+        self._packed = Packed()
         first, count = 0, words.shape[-1]
         for chunk in self.held:
             a, b = max(column, first), min(column + count, first + chunk.tokens)
@@ -85,17 +129,18 @@ class Chunks:
 
     def words(self, start: int, end: int) -> mx.array:
         """Words [B, W, end - start] of the columns start..end."""
-        return words_between(tuple((chunk.words, chunk.tokens) for chunk in self.held), start, end)
+        return words_between(self.packed, start, end)
 
     def _join_smallest(self) -> None:
         """Join the two neighbours that hold the fewest tokens together: what is packed is hardly ever copied."""
         sizes = [a.tokens + b.tokens for a, b in itertools.pairwise(self.held)]
         i = sizes.index(min(sizes))
-        pair = tuple((chunk.words, chunk.tokens) for chunk in self.held[i : i + 2])
+        pair = Packed((chunk.words, chunk.tokens) for chunk in self.held[i : i + 2])
         self.held[i : i + 2] = [Chunk(words_between(pair, 0, sizes[i]), sizes[i])]
 
     def cut(self, tokens: int) -> None:
         """Keep no more than the first `tokens` columns."""
+        self._packed = Packed()
         excess = self.tokens - tokens
         while excess > 0:
             dropped = min(excess, self.held[-1].tokens)
@@ -118,7 +163,7 @@ class Chunks:
         return Chunks([dataclasses.replace(chunk) for chunk in self.held], self.expected)
 
 
-def words_between(chunks: tuple[tuple[mx.array, int], ...], start: int, end: int) -> mx.array:
+def words_between(chunks: Packed, start: int, end: int) -> mx.array:
     """Words [B, W, end - start] of the columns start..end of (words, tokens) chunks."""
     parts, first = [], 0
     for held, tokens in chunks:

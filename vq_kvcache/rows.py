@@ -70,6 +70,19 @@ class Rows:
         place = mx.where(in_codes < 0, token, place)
         return mx.clip(place, 0, sinks + packed + self.window_end - min(self.window_start) - 1)
 
+    def in_order(self, exact: mx.array, middle: mx.array | None, order: mx.array | None = None) -> mx.array:
+        """Exact [B, H, C, D] and decoded packed tokens [B, H, P, D] in the order of the sequence, [B, H, T, D]; `order`
+        as `order` gives it."""
+        sinks, start, end = max(self.held_sinks), min(self.window_start), self.window_end
+        if order is not None and not self.length:
+            return mx.zeros((*exact.shape[:2], order.shape[1], exact.shape[3]), exact.dtype)
+        if middle is None and sinks == start:
+            parts = [exact if end == exact.shape[2] else exact[:, :, :end]]
+        else:
+            parts = [exact[:, :, :sinks], *([] if middle is None else [middle]), exact[:, :, start:end]]
+        result = parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=2)
+        return result if order is None else mx.take_along_axis(result, order[:, None, :, None], axis=2)
+
 
 @functools.lru_cache(maxsize=64)
 def rows_of(

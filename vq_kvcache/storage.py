@@ -5,19 +5,21 @@ packed tokens lie in chunks that are hardly ever moved once written.
 """
 
 import dataclasses
+import functools
 import mmap
 from collections.abc import Callable
+from typing import Any
 
 import mlx.core as mx
 
-from .chunks import MAX_CHUNKS, Chunk, Chunks, fill_pages, words_between, written
+from .chunks import MAX_CHUNKS, Chunk, Chunks, Packed, fill_pages, words_between, written
 from .drift import DriftSums
 from .kernels import backend
-from .kernels.launches import decode_both, decodes
+from .kernels.launches import ChunkSizes, Codes, codes, decodes, kept_by_thread, restore
 from .rows import Rows, rows_of
 from .spectral.sealing import BLOCK, LAG, packed_of, tokens_to_seal
 from .spectral.spectral_quant import Quantizer, RawQuantizer
-from .trust import encode_words, trusted_codes
+from .trust import encode_words, trusted_arrays, trusted_codes
 
 
 def most_bytes(
@@ -44,12 +46,12 @@ class Snapshot:
     """The content of a Storage at one moment; later appends do not change it.
 
     exact_keys, exact_values: [B, H, C, D], the whole buffers; `layout` says which columns are whose.
-    packed: (words uint32 [B, W, capacity] of keys and then values, columns in use) of at most MAX_CHUNKS chunks.
+    packed: words of keys and then values in at most MAX_CHUNKS chunks.
     """
 
     exact_keys: mx.array
     exact_values: mx.array
-    packed: tuple[tuple[mx.array, int], ...]
+    packed: Packed
     layout: Rows
     key_quantizer: Quantizer
     value_quantizer: Quantizer
@@ -89,36 +91,53 @@ class Snapshot:
         layout = self.layout
         first = first or (0,) * len(layout.lengths)
         total = layout.length if total is None else total
+        if self.packed and self.restores:
+            own, chunks = self.codes
+            traced = _restoring(self.place, layout, chunks, first, total)
+            return traced(self.exact_keys, self.exact_values, *own)
         order = None if layout.alike and not any(first) and total == layout.length else layout.order(first, total)
-        middle: tuple[mx.array | None, mx.array | None] = (None, None)
-        if self.packed:
-            middle = self._decoded_codes()
-        return self.in_order(self.exact_keys, middle[0], order), self.in_order(self.exact_values, middle[1], order)
+        middle: tuple[mx.array | None, mx.array | None] = self._decoded_codes() if self.packed else (None, None)
+        return layout.in_order(self.exact_keys, middle[0], order), layout.in_order(self.exact_values, middle[1], order)
+
+    @functools.cached_property
+    def place(self) -> str:
+        """The back-end whose kernels read these codes; "ops" for none."""
+        place = backend()
+        # The kernels' tables place values' words behind the keys'.
+        readable = place != "ops" and not self.keys_twice and decodes(self.key_quantizer, self.value_quantizer)
+        return place if readable and self.exact_keys.dtype == self.exact_values.dtype else "ops"
+
+    @property
+    def restores(self) -> bool:
+        """Whether kernels that were seen to be right turn the codes back."""
+        keys, values = self.exact_keys, self.exact_values
+        dims = keys.shape[3], values.shape[3]
+        return self.place != "ops" and trusted_codes(self.place) and trusted_arrays(self.place, *dims, keys.dtype)
+
+    @functools.cached_property
+    def codes(self) -> tuple[Codes, ChunkSizes]:
+        """What the kernels read."""
+        return codes(self)
 
     def _decoded_codes(self) -> tuple[mx.array, mx.array]:
-        place = backend()
-        readable = not self.keys_twice and decodes(self.key_quantizer, self.value_quantizer)
-        if place != "ops" and readable and trusted_codes(place):
-            # A handful of operations, where plain ones take a millisecond of Python for every few layers.
-            return decode_both(self, place)
         words = self.words(0, self.packed_tokens)
         return (
             self.key_quantizer.decode_words(words[0], self.exact_keys.dtype),
             self.value_quantizer.decode_words(words[1], self.exact_values.dtype),
         )
 
-    def in_order(self, exact: mx.array, middle: mx.array | None, order: mx.array | None = None) -> mx.array:
-        """Exact [B, H, C, D] and decoded packed tokens [B, H, P, D] in the order of the sequence, [B, H, T, D]; `order`
-        as Rows.order gives it."""
-        sinks, start, end = max(self.layout.held_sinks), min(self.layout.window_start), self.layout.window_end
-        if order is not None and not self.length:
-            return mx.zeros((*exact.shape[:2], order.shape[1], exact.shape[3]), exact.dtype)
-        if middle is None and sinks == start:
-            parts = [exact if end == exact.shape[2] else exact[:, :, :end]]
-        else:
-            parts = [exact[:, :, :sinks], *([] if middle is None else [middle]), exact[:, :, start:end]]
-        result = parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=2)
-        return result if order is None else mx.take_along_axis(result, order[:, None, :, None], axis=2)
+
+@kept_by_thread(16)
+def _restoring(
+    place: str, layout: Rows, chunks: ChunkSizes, first: tuple[int, ...], total: int
+) -> Callable[..., tuple[mx.array, mx.array]]:
+    """`Snapshot.decoded` by the kernels, traced once for all layers of a step."""
+
+    def restored(keys: mx.array, values: mx.array, *own: Any) -> tuple[mx.array, mx.array]:
+        return restore(Codes(*own), chunks, layout, keys, values, first, total, place)
+
+    traced: Callable[..., tuple[mx.array, mx.array]] = mx.compile(restored)
+    return traced
 
 
 class Storage:
@@ -218,9 +237,8 @@ class Storage:
         """What is held now. ValueError before the first append."""
         if self.exact_keys is None or self.exact_values is None:
             raise ValueError("the cache is empty; expected keys and values; append some first.")
-        packed = tuple((c.words, c.tokens) for c in self.chunks)
         return Snapshot(
-            self.exact_keys, self.exact_values, packed, self.layout, self.key_quantizer, self.value_quantizer
+            self.exact_keys, self.exact_values, self.codes.packed, self.layout, self.key_quantizer, self.value_quantizer
         )
 
     @property

@@ -15,13 +15,21 @@ from .spectral.spectral_quant import Quantizer, SpectralQuantizer
 @functools.cache
 def trusted(place: str, key_dims: int, value_dims: int, dtype: mx.Dtype) -> bool:
     """Whether the kernels of this back-end agree with attention in float64 here: three small shapes of the variant
-    that is asked for, once a process.
+    that is asked for, of few bits, once a process.
 
     False, with a warning, when they do not or fail to build; RuntimeError when VQ_KVCACHE_BACKEND asks for them.
     """
     from .doctor import first_wrong
 
     return _right(place, lambda: first_wrong(place, key_dims, value_dims, dtype))
+
+
+@functools.cache
+def trusted_arrays(place: str, key_dims: int, value_dims: int, dtype: mx.Dtype) -> bool:
+    """The same of turning codes back into keys and values."""
+    from .doctor import wrong_arrays
+
+    return _right(place, lambda: wrong_arrays(place, key_dims, value_dims, dtype))
 
 
 @functools.cache

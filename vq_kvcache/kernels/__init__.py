@@ -16,17 +16,16 @@ from typing import Any, Literal
 
 import mlx.core as mx
 
-from ..chunks import MAX_CHUNKS
+from ..chunks import LEAST_INPUT, MAX_CHUNKS
 
 Backend = Literal["metal", "cuda", "ops"]
 VARIABLE = "VQ_KVCACHE_BACKEND"
 FOLDER = pathlib.Path(__file__).resolve().parent
-TEXTS = ("helpers.h", "products.h", "attend.h", "lookup.h", "columns.h", "merge.h", "encode.h", "decode.h")
+TEXTS = ("helpers.h", "products.h", "attend.h", "lookup.h", "columns.h", "merge.h", "encode.h", "decode.h", "restore.h")
 NOT_METAL = ("products.h", "lookup.h", "columns.h")  # it has products of its own, and no byte permutation
 # Of a multiprocessor on CUDA: shared memory, of which a group takes GROUP_BYTES more than it asks for, and threads and
 # groups that have 128 registers each.
 SHARED_BYTES, GROUP_BYTES, MOST_THREADS, MOST_GROUPS = 233_472, 1024, 512, 4
-LEAST_INPUT = 8  # elements: Metal keeps smaller inputs in another address space
 
 # Where a thread group is, as every call of a body wants it; {floats} of shared memory, in fours.
 PROLOGUES = {
@@ -97,6 +96,15 @@ DECODE = Body(
     ("result",),
     "vq_decode<E>(VQ_CHUNK_NAMES, table, levels, params, result, vq_shared, vq_x, vq_y, vq_z, vq_thread);\n",
 )
+
+RESTORE = Body(
+    "restore",
+    ("packed_keys", "packed_values", "keys", "values", "rows", "start", "key_basis", "value_basis", "key_mean",
+     "value_mean", "params"),
+    ("all_keys", "all_values"),
+    "(void)vq_shared;\nvq_restore<T, E, DK, DV>(packed_keys, packed_values, keys, values, rows, start, key_basis, "
+    "value_basis, key_mean, value_mean, params, all_keys, all_values, vq_x, vq_y, vq_z, vq_thread);\n",
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)

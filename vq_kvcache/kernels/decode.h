@@ -1,4 +1,4 @@
-// Packed tokens of some heads -> levels [B, heads, dims, tokens], for prefill: one warp 64 tokens of a head.
+// Packed tokens of some heads -> levels [B, heads, dims, tokens]: one warp 64 tokens of a head.
 // Positions in `params`, int32. VQ_DECODE_STRIDE: tokens between two dims of the result, even.
 enum {
   VQ_DECODE_HEADS, VQ_DECODE_FIRST_HEAD, VQ_DECODE_ENTRY, VQ_DECODE_TOKENS, VQ_DECODE_STRIDE, VQ_DECODE_CHUNKS, VQ_DECODE_DIMS,

@@ -1,18 +1,20 @@
 """What each kernel is launched with: the tables of a layer, the numbers of a step, and how work is split."""
 
 import functools
+import threading
 import weakref
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import mlx.core as mx
 import numpy as np
 
+from ..chunks import LEAST_INPUT
 from ..rows import Rows
 from ..spectral import codebook, trellis
 from ..spectral.packing import Layout
 from ..spectral.spectral_quant import Quantizer, SpectralQuantizer
-from . import DECODE, ENCODE, Launch, run
+from . import DECODE, ENCODE, RESTORE, Launch, run
 
 if TYPE_CHECKING:
     from ..storage import Snapshot
@@ -25,12 +27,13 @@ HEAD_DIMS = (64, 80, 96, 112, 128, 192, 256)
 MASK_KINDS = {"none": 0, "causal": 1, "bool": 2, "added": 3}
 MOST_QUERIES = 16  # tokens at once that `attend` takes; prompts go another way
 ENCODE_THREADS = 128
+RESTORE_TOKENS = 8  # of a thread group
 _COEFFICIENTS = 8
 HEAD_INTS = 6
 MOST_PIECES = 32  # of a head
 BOOK_BYTES = 4 * (2 * 9 * _COEFFICIENTS + 8 * MOST_PIECES)
 MOST_SPLITS = 1024
-NOTHING = 8  # elements of an operand that is not read
+NOTHING = LEAST_INPUT  # elements of an operand that is not read
 GROUP_BYTES = 231_000  # of one thread group on CUDA
 STAGES = (24, 48, 96)  # words of a head that a warp fetches ahead
 
@@ -40,14 +43,35 @@ def kept_with_keys(function: Callable[..., T]) -> Callable[..., T]:
     kept: weakref.WeakKeyDictionary[SpectralQuantizer, dict[Any, tuple[Any, T]]] = weakref.WeakKeyDictionary()
 
     @functools.wraps(function)
-    def call(keys: SpectralQuantizer, *rest: Any) -> T:
-        own = kept.setdefault(keys, {})
-        named = tuple(id(x) if isinstance(x, SpectralQuantizer) else x for x in rest)
+    def call(keys: SpectralQuantizer, values: SpectralQuantizer | None = None, *rest: Any) -> T:
+        own = kept.get(keys)
+        if own is None:
+            own = kept[keys] = {}
+        named = id(values), *rest
         if named not in own:
-            own[named] = rest, function(keys, *rest)  # the values' quantizer is held, so that its id stays its own
+            of_both = (keys,) if values is None else (keys, values)
+            own[named] = values, function(*of_both, *rest)  # values are held, so that their id stays their own
         return own[named][1]
 
     return call
+
+
+def kept_by_thread(size: int) -> Callable[[Callable[..., T]], Callable[..., T]]:
+    """functools.lru_cache with results of each thread's own: MLX keeps what a thread traced by the function's address,
+    and forgets it when that thread drops the function; another may get the address then."""
+
+    def decorate(function: Callable[..., T]) -> Callable[..., T]:
+        own = threading.local()
+
+        @functools.wraps(function)
+        def call(*key: Any) -> T:
+            if not hasattr(own, "kept"):
+                own.kept = functools.lru_cache(size)(function)
+            return own.kept(*key)  # type: ignore[no-any-return]
+
+        return call
+
+    return decorate
 
 
 @functools.cache
@@ -139,22 +163,10 @@ def nothing(dtype: mx.Dtype) -> mx.array:
     return evaluated(mx.zeros(NOTHING, dtype))
 
 
-def padded(words: mx.array) -> mx.array:
-    """Words [B, W, T] with T a multiple of four."""
-    return mx.pad(words, [(0, 0), (0, 0), (0, -words.shape[-1] % 4)])
+ChunkSizes = tuple[tuple[int, int], ...]
 
 
-Chunks = tuple[tuple[int, int], ...]
-
-
-def chunk_inputs(snapshot: "Snapshot") -> tuple[list[mx.array], Chunks]:
-    """The word buffers, eight of them, and (tokens, capacity) of each that holds any."""
-    words = [padded(w) if w.shape[-1] % 4 else w for w, _ in snapshot.packed]
-    chunks = tuple((tokens, w.shape[-1]) for (_, tokens), w in zip(snapshot.packed, words, strict=True))
-    return words + [words[0]] * (8 - len(words)), chunks
-
-
-def tiles_of(chunks: Chunks, tokens: int) -> int:
+def tiles_of(chunks: ChunkSizes, tokens: int) -> int:
     """Tiles of so many tokens: none reaches from one chunk into the next."""
     return sum(-(-held // tokens) for held, _ in chunks)
 
@@ -239,20 +251,39 @@ def encode(quantizer: SpectralQuantizer, x: mx.array) -> Launch:
     )
 
 
+class Codes(NamedTuple):
+    """The packed tokens of a snapshot and what turns them back, of keys and of values: arrays, so that MLX can trace
+    what is done with them. words: of eight chunks. table: `layer_table`."""
+
+    words: list[mx.array]
+    table: mx.array
+    bases: tuple[mx.array, mx.array]
+    means: tuple[mx.array, mx.array]
+
+
+def codes(snapshot: "Snapshot") -> tuple[Codes, ChunkSizes]:
+    """The codes, and (tokens, capacity) of each chunk."""
+    keys, values = spectral(snapshot)
+    words, chunks = snapshot.packed.inputs
+    bases, means = (keys.synthesis, values.synthesis), (keys.mean, values.mean)
+    return Codes(words, layer_table(keys, values), bases, means), chunks
+
+
 def decode(snapshot: "Snapshot", part: int, first_head: int, heads: int, dtype: mx.Dtype) -> Launch:
     """The launch of decode.h: levels [B, heads, dims, tokens, to an even number] of keys (0) or values (1)."""
-    keys, values = spectral(snapshot)
-    words, chunks = chunk_inputs(snapshot)
-    tokens, all_heads = snapshot.packed_tokens, keys.layout.heads
-    dims = (keys, values)[part].layout.stored
+    return _decode(*codes(snapshot), part, first_head, heads, dtype)
+
+
+def _decode(codes: Codes, chunks: ChunkSizes, part: int, first_head: int, heads: int, dtype: mx.Dtype) -> Launch:
+    all_heads, dims, _ = codes.bases[part].shape
+    tokens, batch = sum(held for held, _ in chunks), codes.words[0].shape[0]
     stride = tokens + tokens % 2
     params = ints(
         (heads, first_head, 16 + part * all_heads * HEAD_INTS, tokens, stride, len(chunks), dims, 0, *sum(chunks, ()))
     )
-    batch = snapshot.exact_keys.shape[0]
     return Launch(
         DECODE,
-        [*words, layer_table(keys, values), levels(), params],
+        [*codes.words, codes.table, levels(), params],
         [(batch, heads, dims, stride)],
         [dtype],
         (tiles_of(chunks, TOKENS), heads, batch),
@@ -272,51 +303,72 @@ def spectral(snapshot: "Snapshot") -> tuple[SpectralQuantizer, SpectralQuantizer
 
 def decode_heads(snapshot: "Snapshot", part: int, first_head: int, heads: int, place: str) -> mx.array:
     """Packed keys (0) or values (1) of some heads, [B, heads, P, D] in the model's dtype."""
-    quantizer = spectral(snapshot)[part]
     dtype = (snapshot.exact_keys, snapshot.exact_values)[part].dtype
-    chosen = slice(first_head, first_head + heads)
-    wide = dtype == mx.float32
-    levels_of = run(decode(snapshot, part, first_head, heads, mx.float32 if wide else mx.float16), place)[0]
-    z = levels_of[..., : snapshot.packed_tokens].swapaxes(-1, -2)
-    return _synthesized(z, quantizer.synthesis[chosen], quantizer.mean[chosen], dtype)
+    own, chunks = snapshot.codes
+    product, factor = _turned(own, chunks, part, first_head, heads, dtype == mx.float32, place)
+    return (product.astype(mx.float32) * factor + own.means[part][first_head : first_head + heads]).astype(dtype)
 
 
-def decode_both(snapshot: "Snapshot", place: str) -> tuple[mx.array, mx.array]:
-    """All packed keys and values. As few operations as can be: a handle is made of them in every layer and step, and
-    hardly ever read."""
-    keys, values = spectral(snapshot)
-    heads, dtypes = keys.layout.heads, {snapshot.exact_keys.dtype, snapshot.exact_values.dtype}
-    if keys.synthesis.shape != values.synthesis.shape or len(dtypes) > 1:
-        return decode_heads(snapshot, 0, 0, heads, place), decode_heads(snapshot, 1, 0, heads, place)
-    dtype = snapshot.exact_keys.dtype
-    # The table has the values' heads after the keys'.
-    levels_of = run(decode(snapshot, 0, 0, 2 * heads, mx.float32 if dtype == mx.float32 else mx.float16), place)[0]
-    z = levels_of[..., : snapshot.packed_tokens].swapaxes(-1, -2)
-    basis, mean = (mx.concatenate(p) for p in ([keys.synthesis, values.synthesis], [keys.mean, values.mean]))
-    both = _synthesized(z, basis, mean, dtype)
-    return both[:, :heads], both[:, heads:]
+def _turned(
+    codes: Codes, chunks: ChunkSizes, part: int, first_head: int, heads: int, wide: bool, place: str
+) -> tuple[mx.array, mx.array]:
+    """Packed keys or values less their mean and divided by a factor [heads, 1, 1], [B, heads, P, D]; float32 if `wide`.
+
+    Half precision holds levels better than bfloat16 does; the factor keeps the basis within its range.
+    """
+    kind = mx.float32 if wide else mx.float16
+    found = run(_decode(codes, chunks, part, first_head, heads, kind), place)[0]
+    z = found[..., : sum(held for held, _ in chunks)].swapaxes(-1, -2)
+    basis = codes.bases[part][first_head : first_head + heads]
+    factor = mx.maximum(mx.abs(basis).max(axis=(1, 2), keepdims=True), 1e-30)
+    return z @ (basis / factor).astype(kind), factor
 
 
-def _synthesized(z: mx.array, synthesis: mx.array, mean: mx.array, dtype: mx.Dtype) -> mx.array:
-    """Vectors [B, H, P, D] of the levels z [B, H, P, N]."""
-    if dtype == mx.float32:
-        return z @ synthesis + mean
-    # Half precision holds levels better than bfloat16 does; a factor keeps the basis within its range.
-    factor = mx.maximum(mx.abs(synthesis).max(axis=(1, 2), keepdims=True), 1e-30)
-    product = z @ (synthesis / factor).astype(mx.float16)
-    return (product.astype(mx.float32) * factor + mean).astype(dtype)
+def restore(
+    codes: Codes, chunks: ChunkSizes, layout: Rows, keys: mx.array, values: mx.array, start: tuple[int, ...],
+    columns: int, place: str, prompt: bool = False,
+) -> tuple[mx.array, mx.array]:  # fmt: skip
+    """All keys and values, [B, H, columns, D], of the exact ones [B, H, C, D] and the codes, token j of row b in column
+    start[b] + j. For handles, which every layer makes in every step and hardly anybody reads, three launches and no
+    more; for a `prompt`, which reads them, products of matrices besides."""
+    batch, heads, capacity, key_dims = keys.shape
+    wide = keys.dtype == mx.float32
+    if prompt:
+        packed, bases = zip(*(_turned(codes, chunks, part, 0, heads, wide, place) for part in (0, 1)), strict=True)
+        stride = 0
+    else:
+        kind = mx.float32 if wide else mx.float16
+        packed = tuple(run(_decode(codes, chunks, part, 0, heads, kind), place)[0] for part in (0, 1))
+        bases, stride = codes.bases, packed[0].shape[3]
+    dims = key_dims, values.shape[3]
+    tokens = sum(held for held, _ in chunks)
+    ranks = (basis.shape[1] for basis in codes.bases)
+    launch = Launch(
+        RESTORE,
+        [*packed, keys, values, rows(layout), ints(start), *bases, *codes.means,
+         ints((heads, columns, capacity, stride, *ranks, int(prompt), tokens))],
+        [(batch, heads, columns, d) for d in dims],
+        [keys.dtype, keys.dtype],
+        (-(-columns // RESTORE_TOKENS), batch * heads, 2),
+        -(-max(dims) // 32) * 32,
+        0,
+        (("T", keys.dtype), ("E", packed[0].dtype), ("DK", dims[0]), ("DV", dims[1])),
+    )  # fmt: skip
+    restored = run(launch, place)
+    return restored[0], restored[1]
 
 
 def decodes(keys: Quantizer, values: Quantizer) -> bool:
     """Whether the kernels read these codes."""
     if not (isinstance(keys, SpectralQuantizer) and isinstance(values, SpectralQuantizer)):
         return False
-    return bool(keys.words and values.words) and _most_pieces(keys, values) <= MOST_PIECES
+    return _readable(keys, values)
 
 
 @kept_with_keys
-def _most_pieces(keys: SpectralQuantizer, values: SpectralQuantizer) -> int:
-    return max(len(segments) for layout in (keys.layout, values.layout) for segments in layout.segments)
+def _readable(keys: SpectralQuantizer, values: SpectralQuantizer) -> bool:
+    most = max(len(segments) for layout in (keys.layout, values.layout) for segments in layout.segments)
+    return bool(keys.words and values.words) and most <= MOST_PIECES
 
 
 def has_room(key_dims: int, value_dims: int, dtype: mx.Dtype, place: str) -> bool:
@@ -330,12 +382,18 @@ def has_room(key_dims: int, value_dims: int, dtype: mx.Dtype, place: str) -> boo
 
 def fits(snapshot: "Snapshot", queries: mx.array, place: str) -> bool:
     """Whether the attention kernels of this back-end take these operands."""
-    if not decodes(snapshot.key_quantizer, snapshot.value_quantizer):
+    keys, values = snapshot.key_quantizer, snapshot.value_quantizer
+    if not decodes(keys, values) or snapshot.layout.most_exact > TOKENS * (MOST_SPLITS - 1):
         return False
-    dims = snapshot.exact_keys.shape[3], snapshot.exact_values.shape[3]
-    types = {queries.dtype, snapshot.exact_keys.dtype, snapshot.exact_values.dtype}
-    fetched = head_words(*spectral(snapshot)) <= STAGES[-1]
-    few = snapshot.layout.most_exact <= TOKENS * (MOST_SPLITS - 1)
-    if not (fetched and few and set(dims) <= set(HEAD_DIMS) and len(types) == 1):
+    dtype = queries.dtype
+    if snapshot.exact_keys.dtype != dtype or snapshot.exact_values.dtype != dtype:
         return False
-    return has_room(*dims, queries.dtype, place)
+    return _fit(keys, values, snapshot.exact_keys.shape[3], snapshot.exact_values.shape[3], dtype, place)
+
+
+@kept_with_keys
+def _fit(
+    keys: SpectralQuantizer, values: SpectralQuantizer, key_dims: int, value_dims: int, dtype: mx.Dtype, place: str
+) -> bool:
+    fetched, dims = head_words(keys, values) <= STAGES[-1], {key_dims, value_dims}
+    return fetched and dims <= set(HEAD_DIMS) and has_room(key_dims, value_dims, dtype, place)

@@ -5,7 +5,6 @@ once by MLX (`attend`): what Python does for a layer is then little beside the k
 """
 
 import functools
-import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -103,7 +102,7 @@ def _tables(keys: SpectralQuantizer, values: SpectralQuantizer, wide: bool, plac
 
 @functools.lru_cache(maxsize=256)
 def _numbers(
-    shape: Shape, layout: Rows, capacity: int, chunks: launches.Chunks, mask: tuple[int, ...], sinks: bool
+    shape: Shape, layout: Rows, capacity: int, chunks: launches.ChunkSizes, mask: tuple[int, ...], sinks: bool
 ) -> tuple[Plan, mx.array, mx.array]:
     """The plan, `params` and `rows`. chunks: tokens and capacity of each; mask: its kind and strides."""
     exact = -(-layout.most_exact // launches.TOKENS)
@@ -136,12 +135,12 @@ def step(
     shape = Shape(
         place, queries.dtype, batch, heads, query_heads // heads, length, key_dims, value_dims, most, group, groups
     )  # fmt: skip
-    words, chunks = launches.chunk_inputs(snapshot)
+    codes, chunks = snapshot.codes
     kind, strides, hidden, added = launches.mask_inputs(mask)
     plan, params, held = _numbers(shape, snapshot.layout, capacity, chunks, (kind, *strides), sinks is not None)
     logits = launches.nothing(mx.float32) if sinks is None else sinks.astype(mx.float32)
     return plan, Operands(
-        words, queries, snapshot.exact_keys, snapshot.exact_values, held, params,
+        codes.words, queries, snapshot.exact_keys, snapshot.exact_values, held, params,
         launches.scale(scale), hidden, added, table, keys.synthesis, keys.mean, values.synthesis, values.mean, logits,
     )  # fmt: skip
 
@@ -197,9 +196,8 @@ def attend_by(run: Run, plan: Plan, o: Operands) -> mx.array:
     return run(merge_launch(plan, o, parts), place)[0]
 
 
-@functools.lru_cache(maxsize=256)
-def _traced(plan: Plan, thread: int) -> Callable[..., mx.array]:
-    # `thread`: MLX keeps what it traced by thread and by the function's address, which another function may get.
+@launches.kept_by_thread(256)
+def _traced(plan: Plan) -> Callable[..., mx.array]:
     def all_launches(words: list[mx.array], *arrays: mx.array) -> mx.array:
         return attend_by(run, plan, Operands(words, *arrays))
 
@@ -212,4 +210,4 @@ def attend(plan: Plan, o: Operands) -> mx.array:
     a mask of as many numbers as there are tokens, whose shape, and so the trace, would be another at every step."""
     if o.hidden.size + o.added.size > 2 * launches.NOTHING:
         return attend_by(run, plan, o)
-    return _traced(plan, threading.get_ident())(*o)
+    return _traced(plan)(*o)
