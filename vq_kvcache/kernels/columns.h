@@ -17,50 +17,56 @@ VQ_FN int vq_token_of(int row) { return row % 32 * 4 + row / 32; }
 VQ_FN int vq_query_tiles(VQ_IN(int) params) { return (params[VQ_G] * params[VQ_L] + VQ_QUERIES - 1) / VQ_QUERIES; }
 
 // Queries in the basis of the codes, once for all splits: folded [planes, tiles of 8 queries, 8, MC], in the order of
-// the columns, and the share of the keys' mean in every score, mean_score [planes, tiles, 8]. x: as many columns as
-// warps, and after all of them the mean.
+// the columns, and the share of the keys' mean in every score, mean_score [planes, tiles, 8]. x: VQ_FOLDED columns for
+// each warp, and after all of them the mean.
+enum { VQ_FOLDED = 4 };
+
 template <typename T, int DK, int MC>
 VQ_FN void vq_fold_columns(VQ_IN(T) q, VQ_IN(float) fold, VQ_IN(float) mean, VQ_IN(int) table, VQ_IN(int) params,
                            VQ_IN(float) scale, VQ_OUT(vq_half) folded, VQ_OUT(float) mean_score, int x, int y, int z,
                            int worker, int threads) {
   const int parts = (DK + 31) / 32, tiles = vq_query_tiles(params);
   const VqPlace at = vq_place<VQ_QUERIES>(params, 0, y, z, worker);
-  float own[VQ_QUERIES][parts];
+  const int first = (x * (threads / 32) + at.warp) * VQ_FOLDED, base = (y * tiles + z) * VQ_QUERIES;
+  VQ_IN(int) order = table + table[VQ_KEY_ORDER] + at.head * MC;
+  float basis[VQ_FOLDED][parts];
   VQ_UNROLL
-  for (int r = 0; r < VQ_QUERIES; ++r) {
+  for (int k = 0; k < VQ_FOLDED; ++k) {
+    const int n = first + k, coordinate = n < MC ? order[n] : n == MC ? 0 : -1;
+    VQ_IN(float) row = n < MC ? fold + (at.head * table[VQ_KEY_ROWS] + coordinate) * DK : mean + at.head * DK;
     VQ_UNROLL
     for (int i = 0; i < parts; ++i) {
       const int d = i * 32 + at.lane;
-      own[r][i] = r < at.rows && d < DK ? vq_query<T, DK>(q, params, at, at.first + r, d) * scale[0] : 0.0f;
-    }
-  }
-  const int n = x * (threads / 32) + at.warp, base = (y * tiles + z) * VQ_QUERIES;
-  if (n > MC) return;
-  const int coordinate = n < MC ? table[table[VQ_KEY_ORDER] + at.head * MC + n] : 0;
-  VQ_IN(float) row = n < MC ? fold + (at.head * table[VQ_KEY_ROWS] + coordinate) * DK : mean + at.head * DK;
-  float sum[VQ_QUERIES];
-  VQ_UNROLL
-  for (int r = 0; r < VQ_QUERIES; ++r) sum[r] = 0.0f;
-  if (coordinate >= 0) {
-    VQ_UNROLL
-    for (int i = 0; i < parts; ++i) {
-      const float basis = i * 32 + at.lane < DK ? row[i * 32 + at.lane] : 0.0f;
-      VQ_UNROLL
-      for (int r = 0; r < VQ_QUERIES; ++r) sum[r] = vq_fma(own[r][i], basis, sum[r]);
-    }
-    VQ_UNROLL
-    for (uint bit = 16; bit; bit /= 2) {
-      VQ_UNROLL
-      for (int r = 0; r < VQ_QUERIES; ++r) sum[r] += vq_shuffle_xor(sum[r], bit);
+      basis[k][i] = coordinate >= 0 && d < DK ? row[d] : 0.0f;
     }
   }
   VQ_UNROLL
   for (int r = 0; r < VQ_QUERIES; ++r) {
-    if (at.lane != r) continue;
-    if (n < MC) {
-      vq_set(folded[(base + r) * MC + n], sum[r]);
-    } else {
-      mean_score[base + r] = sum[r];
+    float sum[VQ_FOLDED];
+    VQ_UNROLL
+    for (int k = 0; k < VQ_FOLDED; ++k) sum[k] = 0.0f;
+    if (r < at.rows) {
+      VQ_UNROLL
+      for (int i = 0; i < parts; ++i) {
+        const int d = i * 32 + at.lane;
+        const float own = d < DK ? vq_query<T, DK>(q, params, at, at.first + r, d) * scale[0] : 0.0f;
+        VQ_UNROLL
+        for (int k = 0; k < VQ_FOLDED; ++k) sum[k] = vq_fma(own, basis[k][i], sum[k]);
+      }
+      VQ_UNROLL
+      for (uint bit = 16; bit; bit /= 2) {
+        VQ_UNROLL
+        for (int k = 0; k < VQ_FOLDED; ++k) sum[k] += vq_shuffle_xor(sum[k], bit);
+      }
+    }
+    VQ_UNROLL
+    for (int k = 0; k < VQ_FOLDED; ++k) {
+      if (at.lane != k || first + k > MC) continue;
+      if (first + k < MC) {
+        vq_set(folded[(base + r) * MC + first + k], sum[k]);
+      } else {
+        mean_score[base + r] = sum[k];
+      }
     }
   }
 }
@@ -278,7 +284,8 @@ VQ_FN void vq_attend_columns_packed(VQ_IN(vq_half) folded_in, VQ_IN(float) mean_
     folded[k / MC * QUERY_STRIDE + k % MC] = folded_in[own * VQ_QUERIES * MC + k];
   if (worker < VQ_QUERIES) shared[worker] = mean_in[own * VQ_QUERIES + worker];
   // What is never written must not be NaN.
-  for (int k = worker; k < Space::numbers; k += THREADS) vq_set(tile[k], 0.0f);
+  const uint zeros[4] = {0u, 0u, 0u, 0u};
+  for (int k = 8 * worker; k < Space::numbers; k += 8 * THREADS) vq_put8(tile + k, zeros);
   VQ_SYNC_GROUP();
   VqColumnSums<MC> running;
   VQ_UNROLL

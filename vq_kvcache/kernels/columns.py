@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 QUERIES = 8  # of a thread group
 TOKENS = 128  # of a tile
 WARPS = 4
-FOLD_THREADS = 256
+FOLD_THREADS, FOLDED = 256, 4  # of a thread group, and columns of each of its warps
 HEADER_INTS = 16
 LOOKUP = 288
 ALONE = 32
@@ -229,7 +229,7 @@ def fold(plan: "Plan", o: "Operands") -> Launch:
         [o.queries, o.key_basis, o.key_mean, o.table, o.params, o.scale],
         [(shape.planes, tiles, QUERIES, most), (shape.planes, tiles, QUERIES)],
         [mx.float16, mx.float32],
-        (-(-(most + 1) // (FOLD_THREADS // 32)), shape.planes, tiles),
+        (-(-(most + 1) // (FOLDED * FOLD_THREADS // 32)), shape.planes, tiles),
         FOLD_THREADS,
         0,
         (("T", shape.dtype), ("DK", shape.key_dims), ("MC", most), ("THREADS", FOLD_THREADS)),
