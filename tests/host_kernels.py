@@ -1,9 +1,12 @@
 """Runs a kernel launch on this machine: the very text that GPUs get, compiled by g++ with kernels/host.h."""
 
+import contextlib
 import ctypes
 import functools
 import hashlib
+import os
 import pathlib
+import shutil
 import subprocess
 import tempfile
 
@@ -17,7 +20,7 @@ TYPES = {
     mx.uint8: "unsigned char",
 }  # fmt: skip
 NUMPY = {mx.float32: np.float32, mx.float16: np.float16, mx.int32: np.int32, mx.uint32: np.uint32, mx.uint8: np.uint8}
-INCLUDED = (pathlib.Path(__file__).parent, pathlib.Path(__file__).parent / "metal_shim")
+HERE = pathlib.Path(__file__).resolve().parent
 PROLOGUE = "float* vq_shared = reinterpret_cast<float*>(vq_space.data());\n"
 
 
@@ -46,22 +49,45 @@ def source_of(launch):
     return "\n".join(lines)
 
 
+# -Og: a library runs for less time than -O2 takes to make it.
+COMPILER = ["g++", "-std=c++17", "-Og", "-U_FORTIFY_SOURCE", "-w", "-fPIC"]
+
+
+def _compile(*arguments):
+    done = subprocess.run([*COMPILER, *map(str, arguments)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 @functools.cache
 def _folder():
-    return tempfile.TemporaryDirectory(prefix="vq_kvcache_host_")
+    """A copy of what programs include, compiled in advance; their libraries stay there for other processes and runs."""
+    files = [HERE / "lanes.h", *sorted((HERE / "metal_shim").iterdir())]
+    told = hashlib.sha256(repr([COMPILER, *((f.name, f.read_bytes()) for f in files)]).encode()).hexdigest()
+    top = pathlib.Path(tempfile.gettempdir(), f"vq_kvcache_host_{os.getuid()}")
+    top.mkdir(0o700, exist_ok=True)
+    assert top.stat().st_uid == os.getuid()
+    if not (top / told).exists():
+        made = pathlib.Path(tempfile.mkdtemp(dir=top))
+        shutil.copy(HERE / "lanes.h", made)
+        shutil.copytree(HERE / "metal_shim", made / "metal_shim")
+        for path in (made / "lanes.h", made / "metal_shim" / "metal_stdlib"):
+            _compile("-x", "c++-header", path, "-o", f"{path}.gch")
+        with contextlib.suppress(OSError):  # another process was first
+            made.rename(top / told)
+    return top / told
 
 
 @functools.cache
 def compiled(source):
     """The function `run` of a program."""
-    name = hashlib.sha256(source.encode()).hexdigest()[:16]
-    path = pathlib.Path(_folder().name, f"{name}.cpp")
-    path.write_text(source)
-    library = path.with_suffix(".so")
-    command = ["g++", "-std=c++17", "-O2", "-U_FORTIFY_SOURCE", *(f"-I{x}" for x in INCLUDED), "-w", "-shared", "-fPIC"]
-    command += ["-o", str(library), str(path)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    library = _folder() / f"{hashlib.sha256(source.encode()).hexdigest()}.so"
+    if not library.exists():
+        path = library.with_suffix(f".{os.getpid()}.cpp")
+        path.write_text(source)
+        own = path.with_suffix(".so")
+        _compile(f"-I{_folder()}", f"-I{_folder() / 'metal_shim'}", "-shared", "-o", own, path)
+        own.rename(library)
+        path.unlink()
     return ctypes.CDLL(str(library)).run
 
 

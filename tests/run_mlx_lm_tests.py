@@ -8,6 +8,7 @@ mlx-lm's, and is not among EXCEPTIONS, or if one of MUST_PASS does not pass. Tak
 
 import argparse
 import collections
+import concurrent.futures
 import fnmatch
 import json
 import os
@@ -147,10 +148,11 @@ def main():
     with tempfile.TemporaryDirectory() as name:
         folder = pathlib.Path(name)
         model = stand_in_model(folder)
-        for version in arguments.versions:
-            source = fetch(version, arguments.sources, folder)
-            own, ours = (run(source, model, substitute, arguments.timeout) for substitute in (False, True))
-            report[version] = judge(version, own, ours)
+        sources = [fetch(version, arguments.sources, folder) for version in arguments.versions]
+        with concurrent.futures.ThreadPoolExecutor(2) as pool:  # each fills one core
+            runs = [[pool.submit(run, s, model, ours, arguments.timeout) for ours in (False, True)] for s in sources]
+        for version, (own, ours) in zip(arguments.versions, runs, strict=True):
+            report[version] = judge(version, own.result(), ours.result())
             print(version, json.dumps(report[version], indent=1), flush=True)
     arguments.out.write_text(json.dumps(report, indent=1) + "\n")
     bad = any(r["unexpected"] or r["missing"] or any(m["failed"] for m in r["must_pass"].values())
