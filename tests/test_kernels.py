@@ -26,6 +26,16 @@ def run(launch, place):
     return {"host": host_kernels.run, "metal": metal_kernels.run}[place](launch)
 
 
+def shifting(body):
+    """`run` with the numbers that this kernel writes in wrong places."""
+
+    def wrong(launch, place):
+        result = run(launch, place)
+        return [mx.roll(r, 1, axis=-1) for r in result] if launch.body.name == body else result
+
+    return wrong
+
+
 def cases():
     """(place, case) of everything that the kernels take."""
     return [(place, case) for place in PLACES for case in doctor.table(place)]
@@ -130,21 +140,13 @@ class TestTrust:
 
     @pytest.mark.parametrize(("body", "told"), [("encode", "encoding: error"), ("decode", "decoding: levels off by")])
     def test_codes_that_are_wrong_are_not_trusted(self, body, told, monkeypatch):
-        def wrong(launch, place):
-            result = run(launch, place)
-            return [mx.roll(r, 1, axis=-1) for r in result] if launch.body.name == body else result
-
-        monkeypatch.setattr(kernels, "run", wrong)
+        monkeypatch.setattr(kernels, "run", shifting(body))
         with pytest.warns(UserWarning, match=f"the {PLACE} kernels do not work here .{told}"):
             assert not trust.trusted_codes(PLACE)
 
     @pytest.mark.parametrize(("body", "told"), [("restore", "prompts off by"), ("decode", "prompts off by")])
     def test_arrays_that_are_wrong_are_not_trusted(self, body, told, monkeypatch):
-        def wrong(launch, place):
-            result = run(launch, place)
-            return [mx.roll(r, 1, axis=-1) for r in result] if launch.body.name == body else result
-
-        monkeypatch.setattr(launches, "run", wrong)
+        monkeypatch.setattr(launches, "run", shifting(body))
         with pytest.warns(UserWarning, match=f"the {PLACE} kernels do not work here .*{told}"):
             assert not trust.trusted_arrays(PLACE, 64, 96, mx.bfloat16)
 
