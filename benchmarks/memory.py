@@ -9,7 +9,6 @@ mlx-lm's generate_step, far beyond the positions that the model was trained on, 
 """
 
 import argparse
-import gc
 import itertools
 import pathlib
 import statistics
@@ -23,19 +22,12 @@ from mlx_lm.models.cache import KVCache
 
 from vq_kvcache import SpectralKVCache, load, make_prompt_cache
 from vq_kvcache.demo import model_folder
+from vq_kvcache.measuring import active_bytes
 from vq_kvcache.spectral import intercept
 
 CONTEXTS = (512, 1024, 2048, 4096)
 DECODE_STEPS = 50
 WARM_STEPS = 256  # of a long run, before it: codes are read and written in them
-
-
-def active_bytes() -> int:
-    """Bytes MLX holds now, its cache of free buffers emptied."""
-    gc.collect()
-    mx.synchronize()
-    mx.clear_cache()
-    return int(mx.get_active_memory())
 
 
 def fill(model: Any, caches: list[Any], tokens: int) -> None:

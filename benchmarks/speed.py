@@ -26,7 +26,6 @@ import measure
 import mlx.core as mx
 import numpy as np
 from calibration import LLAMA_8B, random_model
-from memory import active_bytes
 from mlx import nn
 from mlx_lm.generate import GenerationBatch, StopSequences, generate_step, generation_stream
 from mlx_lm.models.cache import BatchKVCache, KVCache
@@ -34,6 +33,7 @@ from tqdm import tqdm
 
 from vq_kvcache import SpectralKVCache, doctor, kernels
 from vq_kvcache.batch_cache import BatchSpectralKVCache
+from vq_kvcache.measuring import active_bytes
 from vq_kvcache.spectral import intercept
 from vq_kvcache.spectral.bit_allocator import gaussian_costs
 from vq_kvcache.spectral.codec import Codec, LayerQuantizers, Plan, Transforms

@@ -1,7 +1,6 @@
 """BatchSpectralKVCache alone: what mlx-lm's class has no word for, or does otherwise."""
 
 import copy
-import gc
 
 import mlx.core as mx
 import numpy as np
@@ -14,6 +13,7 @@ import vq_kvcache
 from vq_kvcache import batch_cache, cache
 from vq_kvcache.batch_cache import BatchSpectralKVCache, RowMask
 from vq_kvcache.cache import LOSSLESS, Planned, SpectralKVCache
+from vq_kvcache.measuring import active_bytes
 from vq_kvcache.spectral import intercept
 from vq_kvcache.spectral.codec import CodecError
 from vq_kvcache.spectral.intercept import Handle
@@ -438,13 +438,6 @@ def test_nbytes_is_what_memory_grows_by(batch):
     grown = active_bytes() - before
     mx.set_cache_limit(limit)
     assert grown == pytest.approx(sum(layer.nbytes for layer in layers), rel=0.02)
-
-
-def active_bytes():
-    gc.collect()
-    mx.synchronize()
-    mx.clear_cache()
-    return mx.get_active_memory()
 
 
 def test_the_last_row_can_go(batch):

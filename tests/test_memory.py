@@ -1,14 +1,16 @@
 """Bytes are real: what caches and codecs say they take, and hold at the most, is what MLX's allocator counts."""
 
-import gc
+import time
 
 import mlx.core as mx
 import pytest
 from conftest import like_calibrated, pair, random_codec
+from mlx_lm.generate import generation_stream
 from mlx_lm.models.cache import KVCache
 
 from vq_kvcache import attention, doctor
 from vq_kvcache.cache import SpectralKVCache
+from vq_kvcache.measuring import active_bytes
 from vq_kvcache.spectral import intercept
 
 
@@ -22,13 +24,6 @@ def layers_of(make, tokens, step, layers=6):
     return caches
 
 
-def active_bytes():
-    gc.collect()
-    mx.synchronize()
-    mx.clear_cache()
-    return mx.get_active_memory()
-
-
 @pytest.fixture(scope="module")
 def plan_of_six_layers():
     return random_codec(layers=6, heads=2, key_dims=64).plan(2.0)
@@ -40,6 +35,20 @@ def exact_buffers():
     before = mx.set_cache_limit(0)
     yield
     mx.set_cache_limit(before)
+
+
+def test_what_mlx_lm_leaves_under_way_is_waited_for():
+    """A step that is still computed holds memory, which would be missed once it has ended."""
+    before = active_bytes()
+    with mx.stream(generation_stream):
+        x = mx.ones((1024, 1024))
+        for _ in range(40):
+            x = mx.tanh(x @ x)
+        mx.async_eval(x)
+        del x
+    now = active_bytes()
+    time.sleep(0.5)
+    assert now == mx.get_active_memory() == before
 
 
 @pytest.mark.parametrize(("tokens", "step"), [(512, 1), (512, 512), (1024, 64), (2048, 2048), (3000, 512), (4096, 512)])
