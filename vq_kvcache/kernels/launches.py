@@ -40,13 +40,14 @@ STAGES = (24, 48, 96)  # words of a head that a warp fetches ahead
 
 def kept_with_keys(function: Callable[..., T]) -> Callable[..., T]:
     """Decorates functions of a layer's quantizers, the keys' first: what they give is kept as long as that lives."""
-    kept: weakref.WeakKeyDictionary[SpectralQuantizer, dict[Any, tuple[Any, T]]] = weakref.WeakKeyDictionary()
+    kept: dict[int, dict[Any, tuple[Any, T]]] = {}  # by id, which is found sooner than a weak reference
 
     @functools.wraps(function)
     def call(keys: SpectralQuantizer, values: SpectralQuantizer | None = None, *rest: Any) -> T:
-        own = kept.get(keys)
+        own = kept.get(id(keys))
         if own is None:
-            own = kept[keys] = {}
+            own = kept[id(keys)] = {}
+            weakref.finalize(keys, kept.pop, id(keys), None)
         named = id(values), *rest
         if named not in own:
             of_both = (keys,) if values is None else (keys, values)
