@@ -22,13 +22,34 @@ def layouts(dims=128):
 def test_every_stored_coordinate_has_one_column():
     for layout in layouts():
         for h in range(layout.heads):
-            order = columns.head_columns(layout, h).order
-            assert sorted(c for c in order if c >= 0) == list(range(len(layout.order[h])))
-            assert len(order) % 16 == 0
+            found = columns.head_columns(layout, h)
+            assert len(found.order) % 16 == 0
+            for part in (0, 1):
+                order = found.orders(part, 176)
+                assert len(order) == 176
+                assert sorted(c for c in order if c >= 0) == list(range(len(layout.order[h])))
+
+
+def tasks_of(numbers):
+    """Read a head's list as lookup.h does: (kind, numbers of a task, its columns) of each task."""
+    column, (alone, tail) = 0, numbers[8:10]
+    at = columns.LIST_HEADER
+    for kind, end in zip(columns.KINDS, numbers, strict=False):
+        while 4 * at < end:
+            if kind is None:
+                yield kind, numbers[at : at + 16], range(alone, alone + 8)
+                at, alone = at + 16, alone + 8
+                continue
+            width, half = kind
+            eights, pairs = columns.RING_SLOTS[width], columns.RING_PAIRS.get(width, [])
+            count = len(eights) // 2 if half else len(eights)
+            yield kind, numbers[at : at + 4], [*range(column, column + count), *range(tail, tail + len(pairs))]
+            at, column, tail = at + 4, column + count, tail + len(pairs)
+    assert numbers[at:] == (0, 0, 0, 0)  # what is read ahead of the last
 
 
 def test_columns_hold_the_slots_that_the_kernel_writes_there():
-    """Read the tasks as lookup.h does: each ring and code alone is told of with the coordinates of its columns."""
+    """Each ring and code alone is told of with the coordinates of its columns; what is written later stays."""
     for layout in layouts():
         for h, segments in enumerate(layout.segments):
             found = columns.head_columns(layout, h)
@@ -37,54 +58,29 @@ def test_columns_hold_the_slots_that_the_kernel_writes_there():
                 for slot in range(s.slots):
                     for w in range(s.words):
                         place[s.first + slot * s.words + w] = (s.first_word + w, s.shift + slot * s.width, s.width)
-            seen, written, at, starts = set(), [], 0, []
-            while at < len(found.tasks):
-                what, told, shifts, mask = found.tasks[at : at + 4]
-                starts.append(at // 4)
-                at += 4
-                width, word, column = what & 15, what >> 8, told & 0xFFFF
-                if width == 0:
-                    codes = [n >> half & 0xFFFF for n in found.tasks[at : at + 4] for half in (0, 16)]
-                    at += 4
-                    expected = [(c & 63, ((c >> 6 & 31) + 1) % 32, c >> 11) for c in codes]
-                    own = range(column, column + 8)
+            written = {}
+            for kind, task, own in tasks_of(found.numbers):
+                if kind is None:
+                    told = zip(task[::2], task[1::2], strict=True)
+                    codes = [(n >> 12, ((n & 31) + 1) % 32, first.bit_length() - 2) for n, first in told]
                 else:
+                    width, half = kind
+                    n, to_one, mask, to_two = task
                     slots = mask.bit_length() // width
-                    assert (shifts >> 8 & 255, shifts >> 16) == ((slots - 1) * width, (slots - 2) * width)
+                    assert mask == (1 << slots * width) - 1
+                    assert (to_one, to_two) == ((slots - 1) * width, (slots - 2) * width)
                     eights, pairs = columns.RING_SLOTS[width], columns.RING_PAIRS.get(width, [])
-                    if what & columns.HALF_RING:
-                        eights, pairs = eights[: len(eights) if pairs else len(eights) // 2], []
-                    places = [*eights, *pairs]
-                    expected = [(word, (shifts & 255) + slot * width, width) for slot in places]
-                    own = [*range(column, column + len(eights)), *range(told >> 16, (told >> 16) + len(pairs))]
-                    assert sorted(found.order[c] >= 0 for c in own).count(True) == slots
-                written += own
-                for c, code in zip(own, expected, strict=True):
-                    if found.order[c] >= 0:
-                        assert place[found.order[c]] == code
-                        seen.add(found.order[c])
-            assert seen == set(range(len(layout.order[h])))
+                    places = [*(eights[: len(eights) // 2] if half else eights), *pairs]
+                    codes = [(n >> 12, (n & 31) + slot * width, width) if slot < slots else None for slot in places]
+                written |= dict(zip(own, codes, strict=True))
+            for ring, coordinates in enumerate(found.whole):
+                word = found.numbers[11] + ring
+                assert [place[n] for n in coordinates] == [(word, slot, 1) for slot in range(32)]
+            assert len(found.whole) == found.numbers[10]
             assert sorted(written) == list(range(found.written))
-            assert found.ends[-1] == len(found.tasks) // 4
-            assert {0, *found.ends} <= {*starts, found.ends[-1]}
-
-
-def test_a_tasks_numbers_find_room():
-    """A task fills eight columns or more and takes eight numbers at most: so much is there, see VqColumnSpace."""
-    for layout in layouts():
-        for h in range(layout.heads):
-            found = columns.head_columns(layout, h)
-            assert len(found.tasks) <= found.written
-
-
-@pytest.mark.parametrize("count", [1, 4, 5, 8, 23])
-def test_tasks_are_dealt_to_warps_evenly(count):
-    costs = np.random.default_rng(count).integers(40, 120, count).tolist()
-    dealt = columns._dealt([columns._Task([i, 0, 0, 0], cost) for i, cost in enumerate(costs)])
-    assert sorted(task.told[0] for own in dealt for task in own) == list(range(count))
-    loads = [sum(task.cost for task in own) for own in dealt]
-    assert len(loads) == columns.WARPS
-    assert max(loads) - min(loads) <= max(costs)
+            assert [written[c] for c, n in enumerate(found.order) if n >= 0] == [
+                place[n] for n in found.order if n >= 0
+            ]
 
 
 def test_looked_up_levels_are_those_of_the_codebooks():
@@ -103,10 +99,11 @@ def test_looked_up_levels_are_those_of_the_codebooks():
 
 def test_layouts_with_too_many_columns_go_another_way():
     keys, values = (doctor.quantizer(64, 2, 3.0, seed) for seed in (0, 1))
-    most, groups, table = columns.chosen(keys, values)
-    assert np.array_equal(columns.column_table(keys, values, most), table)
-    assert groups == kernels.MOST_GROUPS
-    assert columns.column_table(keys, values, 48) is None
+    made = columns.every_head(keys, values)
+    most, warps, groups, table = columns.chosen(keys, values)
+    assert np.array_equal(columns.column_table(keys, values, made, most), table)
+    assert (warps, groups) == (8, 2)
+    assert columns.column_table(keys, values, made, 48) is None
     case = doctor.Case(bits=3.0)
     held = doctor.snapshot(case)
     queries = mx.zeros((1, 8, 1, 64), mx.float16)
@@ -116,26 +113,41 @@ def test_layouts_with_too_many_columns_go_another_way():
 
 
 def test_groups_fill_the_machine():
-    """Four on each multiprocessor where there are tokens enough, exact tokens included while they are few."""
-    shape = steps.Shape("cuda", mx.float16, 1, 8, 4, 1, 128, 128, 176, (0, 0, 0, 0), 4)
+    """Two on each multiprocessor where there are tokens enough, exact tokens included while they are few."""
+    shape = steps.Shape("cuda", mx.float16, 1, 8, 4, 1, 128, 128, 176, (0, 0, 8, 0), 2)
     rows = doctor.rows_of((4,), (4,), 208, (131072,))
     plan, params, _ = steps._numbers(shape, rows, 256, ((131072, 131072),), (0, 0, 0, 0, 0), False)
-    assert 0.9 * 4 * 132 <= plan.splits * shape.planes <= 1.05 * 4 * 132
+    assert 0.9 * 2 * 132 <= plan.splits * shape.planes <= 1.1 * 2 * 132
     numbers = np.array(params)
     assert numbers[4] == 4  # 208 exact tokens
-    assert numbers[8] == 16  # tiles of a split: with room left for the exact tokens it were 17
+    assert numbers[8] == 128  # tiles of a split: with room left for the exact tokens it were 144
     assert (numbers[5] - 1) * numbers[8] < 131072 // columns.TOKENS <= numbers[5] * numbers[8]
 
 
-def test_shared_memory_is_shared_out():
-    """All groups fit a multiprocessor, and each has what it needs; fewer of them where words or columns are many."""
-    for bits, dims, expected in ((1.0, 128, 4), (2.0, 128, 4), (6.0, 128, 3), (7.5, 256, 1)):
-        keys, values = (doctor.quantizer(dims, 2, bits, seed) for seed in (0, 1))
-        most, groups, _ = columns.chosen(keys, values)
-        needed = columns.least_bytes(most, dims, columns.most_words(keys) + columns.most_words(values))
-        assert groups == expected
-        assert needed <= columns.shared_bytes(groups)
-        assert groups * (columns.shared_bytes(groups) + kernels.GROUP_BYTES) <= kernels.SHARED_BYTES
+def test_rings_that_fill_words_lie_behind_all_that_is_multiplied_with_a_tile():
+    """Products take 32 columns at a time, or what is left of the row."""
+    ring = tuple(range(32))
+    for tile, rings, most in ((112, 2, 192), (128, 1, 160), (160, 0, 160), (176, 0, 176), (80, 2, 160)):
+        found = columns.HeadColumns((), (0,) * tile, tile - 8, (ring,) * rings)
+        assert found.fits(most)
+        assert not found.fits(most - 16)
+
+
+@pytest.mark.parametrize(
+    ("bits", "dims", "expected"), [(1.0, 128, (8, 2)), (3.0, 128, (8, 2)), (6.0, 128, (6, 2)), (7.5, 256, (6, 1))]
+)
+def test_shared_memory_is_shared_out(bits, dims, expected):
+    """All groups fit a multiprocessor, and each has what it needs; fewer warps where words or columns are many."""
+    keys, values = (doctor.quantizer(dims, 2, bits, seed) for seed in (0, 1))
+    made = columns.every_head(keys, values)
+    most, warps, groups, _ = columns.chosen(keys, values)
+    numbers = max(len(made[0][h].numbers) + len(made[1][h].numbers) for h in (0, 1))
+    words = columns.most_words(keys) + columns.most_words(values)
+    needed = columns.least_bytes(most, dims, words, numbers, warps)
+    assert (warps, groups) == expected
+    assert needed <= columns.shared_bytes(groups)
+    assert groups * (columns.shared_bytes(groups) + kernels.GROUP_BYTES) <= kernels.SHARED_BYTES
+    assert 32 * warps * groups <= kernels.MOST_THREADS
 
 
 def test_a_step_of_many_layers_is_planned_once(monkeypatch):

@@ -74,7 +74,7 @@ COLUMNS = Body(
     ("q", "keys", "values", *CHUNK_NAMES, "rows", "folded", "mean_score", "table", "lookup", "params", "scale",
      "hidden", "added"),
     ("sums", "outputs"),
-    "vq_attend_columns<T, DK, DV, MC>(q, keys, values, VQ_CHUNK_NAMES, rows, folded, mean_score, "
+    "vq_attend_columns<T, DK, DV, MC, WARPS>(q, keys, values, VQ_CHUNK_NAMES, rows, folded, mean_score, "
     "table, lookup, params, scale, hidden, added, sums, outputs, vq_shared, vq_x, vq_y, vq_z, vq_thread);\n",
 )  # fmt: skip
 MERGE = Body(

@@ -25,7 +25,7 @@ struct VqPlace {
 template <int QUERIES>
 VQ_FN VqPlace vq_place(VQ_IN(int) params, int x, int y, int z, int worker) {
   const int heads = params[VQ_H], left = params[VQ_G] * params[VQ_L] - z * QUERIES;
-  const VqPlace at = {x, y % heads, y / heads, z * QUERIES, left < QUERIES ? left : QUERIES, worker / 32, worker % 32};
+  const VqPlace at = {x, y % heads, y / heads, z * QUERIES, left < QUERIES ? left : QUERIES, worker >> 5, worker & 31};
   return at;
 }
 

@@ -1,12 +1,13 @@
 """Launches of columns.h: attention of half precision where a kernel knows the fragments of the matrix units (CUDA).
 
 A head's levels lie in columns of its own order: eight at a time, which are one store, then pairs. `order` tells which
-coordinate a column is; queries are folded, and sums unfolded, in that order. What there is to decode is dealt to the
-warps of a thread group here, once.
+coordinate a column is; queries are folded, and sums unfolded, in that order. What there is to decode is told of task
+by task, as lookup.h takes it.
 """
 
 import functools
 import itertools
+from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
 import mlx.core as mx
@@ -15,21 +16,20 @@ import numpy as np
 from ..spectral import codebook, trellis
 from ..spectral.packing import Layout, Segment
 from ..spectral.spectral_quant import SpectralQuantizer
-from . import COLUMNS, FOLD, GROUP_BYTES, MOST_GROUPS, SHARED_BYTES, Launch
+from . import COLUMNS, FOLD, GROUP_BYTES, MOST_THREADS, SHARED_BYTES, Launch
 from .launches import HEAD_INTS, evaluated
 
 if TYPE_CHECKING:
     from .steps import Operands, Plan
 
 QUERIES = 8  # of a thread group
-TOKENS = 128  # of a tile
-WARPS = 4
+TOKENS = 32  # of a warp's tile
+MOST_WARPS = 8  # of a thread group
 FOLD_THREADS, FOLDED = 256, 4  # of a thread group, and columns of each of its warps
 HEADER_INTS = 16
 LOOKUP = 288
 ALONE = 32
-HALF_RING = 16
-MOST_FOURS = 255  # of numbers of a head's tasks
+LIST_HEADER = 12
 # Columns beyond head_dim, which rings that are not full leave empty: a row's length is an odd multiple of eight. With
 # fewer of them more thread groups find room.
 SPARE = (24, 40, 56)
@@ -42,25 +42,36 @@ RING_SLOTS = {
     5: [0, 4, 1, 5, 2, 3, -1, -1],
 }
 RING_PAIRS = {3: [4, 5]}
-# Instructions for a ring of one token, half a ring, and eight codes alone: only who does how much is judged by them.
-RING_COST = {1: 66, 2: 46, 3: 72, 4: 58, 5: 56}
-HALF_COST = {1: 40, 2: 34, 3: 64}
-ALONE_COST = 46
+# Of a ring of 1 bit that fills a word, in the order of its 32 columns: of keys, of which lane c of four has the codes
+# c, c + 4, ... in the fragments of columns 2 c, 2 c + 1, 2 c + 8 and 2 c + 9 of each sixteen; of values.
+WHOLE_SLOTS = (
+    [c + 4 * (4 * k + 2 * h + e) for k in (0, 1) for h in (0, 1) for c in range(4) for e in (0, 1)],
+    [*range(32)],
+)
+# What the list of a head tells of, in this order: codes alone (None), rings, and rings for whose slots half of the
+# columns suffice.
+KINDS = (None, *((width, False) for width in RING_SLOTS), (1, True), (2, True))
 
 
 class HeadColumns(NamedTuple):
-    """Of one head: its tasks, warp after warp, as lookup.h tells; where those of each warp end, in fours of numbers;
-    each column's coordinate, or -1; how many columns are written."""
+    """Of one head: the numbers of its list, see lookup.h; the coordinate of each column of its tile, or -1; how many of
+    these are written; the coordinates of each ring of 1 bit that fills a word, slot by slot."""
 
-    tasks: tuple[int, ...]
-    ends: tuple[int, ...]
+    numbers: tuple[int, ...]
     order: tuple[int, ...]
     written: int
+    whole: tuple[tuple[int, ...], ...]
 
+    def orders(self, part: int, most: int) -> list[int]:
+        """The coordinates of `most` columns, or -1, of keys (0) or values (1)."""
+        rings = [[ring[slot] for slot in WHOLE_SLOTS[part]] for ring in reversed(self.whole)]
+        empty = [-1] * (most - len(self.order) - 32 * len(rings))
+        return [*self.order, *empty, *itertools.chain(*rings)]
 
-class _Task(NamedTuple):
-    told: list[int]
-    cost: int
+    def fits(self, most: int) -> bool:
+        """Whether `most` columns, of which a row holds eight less, are enough: products take 32 at a time."""
+        tile = min(-(-len(self.order) // 32) * 32, most)
+        return self.written <= most - 8 and tile + 32 * len(self.whole) <= most
 
 
 class _Alone(NamedTuple):
@@ -72,32 +83,28 @@ class _Alone(NamedTuple):
     width: int
 
     @property
-    def told(self) -> int:
-        """It is turned until its lowest bit is bit 1. 256 codes of 8 bits are 64 words, which six bits tell apart."""
-        return self.word | (self.shift - 1) % 32 << 6 | self.width << 11
+    def told(self) -> list[int]:
+        """It is turned until its lowest bit is bit 1."""
+        return [_word(self.word, (self.shift - 1) % 32), 2 << self.width]
+
+
+def _word(word: int, shift: int) -> int:
+    return 4 * TOKENS * word << 5 | shift
 
 
 def _ring_slots(s: Segment) -> tuple[bool, list[int], list[int]]:
     """Of a word of rings: whether half of the columns hold it, its slots in groups of eight columns, and in a pair."""
-    groups, pairs = RING_SLOTS[s.width], RING_PAIRS.get(s.width, [])
-    if pairs:
-        half = s.slots <= min(pairs)
-        return half, groups, [] if half else pairs
-    half = s.width < 3 and s.slots <= len(groups) // 2
-    return half, groups[: len(groups) // 2] if half else groups, []
-
-
-def _dealt(tasks: list[_Task]) -> list[list[_Task]]:
-    """The tasks of each warp, so that all have about as much to do: the dearest first, each to who has least."""
-    warps: list[list[_Task]] = [[] for _ in range(WARPS)]
-    for task in sorted(tasks, key=lambda task: -task.cost):
-        min(warps, key=lambda own: sum(t.cost for t in own)).append(task)
-    return warps
+    groups = RING_SLOTS[s.width]
+    half = (s.width, True) in KINDS and s.slots <= len(groups) // 2
+    return half, groups[: len(groups) // 2] if half else groups, RING_PAIRS.get(s.width, [])
 
 
 def head_columns(layout: Layout, head: int) -> HeadColumns:
     """The columns of one head of keys, or of values."""
     rings = [(s, *_ring_slots(s)) for s in layout.segments[head] if layout.in_rings(s)]
+    rings.sort(key=lambda ring: KINDS.index((ring[0].width, ring[1])))
+    filled = next((s for s, *_ in rings if (s.width, s.slots) == (1, 32)), None)  # its words follow one another
+    rings = [ring for ring in rings if ring[0] is not filled]
     alone = [
         _Alone(s.first + slot * s.words + w, s.first_word + w, s.shift + slot * s.width, s.width)
         for s in layout.segments[head]
@@ -106,55 +113,57 @@ def head_columns(layout: Layout, head: int) -> HeadColumns:
         for slot in range(s.slots)
     ]
     after_rings = sum(s.words * len(groups) for s, _, groups, _ in rings)
-    tail = after_rings + -(-len(alone) // 8) * 8
-    written = tail + sum(s.words * len(pairs) for s, _, _, pairs in rings)
+    tail = after_rings + len(alone) + len(alone) % 2
+    written = max(after_rings + -(-len(alone) // 8) * 8, tail + sum(s.words * len(pairs) for s, _, _, pairs in rings))
     order = [-1] * (-(-written // 16) * 16)
-    tasks: list[_Task] = []
+    order[after_rings : after_rings + len(alone)] = [code.coordinate for code in alone]
+    padded = [*alone, *alone[-1:] * (-len(alone) % 8)]
+    tasks: dict[tuple[int, bool] | None, list[int]] = {kind: [] for kind in KINDS}
+    tasks[None] = [n for code in padded for n in code.told]
+    told = [after_rings, tail, filled.words if filled else 0, filled.first_word if filled else 0]
+    whole = [tuple(filled.first + slot * filled.words + w for slot in range(32)) for w in range(told[2]) if filled]
     column = 0
     for s, half, groups, pairs in rings:
         bits = s.width * s.slots
-        shifts = s.shift | (bits - s.width) << 8 | (bits - 2 * s.width) << 16
         for w in range(s.words):
-            what = s.width | HALF_RING * half | (s.first_word + w) << 8
-            cost = HALF_COST[s.width] if half else RING_COST[s.width]
-            tasks.append(_Task([what, column | tail << 16, shifts, (1 << bits) - 1], cost))
+            tasks[s.width, half] += [
+                _word(s.first_word + w, s.shift), bits - s.width, (1 << bits) - 1, bits - 2 * s.width
+            ]  # fmt: skip
             for place, slot in [*enumerate(groups, column), *enumerate(pairs, tail)]:
                 if 0 <= slot < s.slots:
                     order[place] = s.first + slot * s.words + w
             column, tail = column + len(groups), tail + len(pairs)
-    for start in range(0, len(alone), 8):
-        eight = alone[start : start + 8]
-        order[column : column + len(eight)] = [code.coordinate for code in eight]
-        told = [code.told for code in eight] + [eight[-1].told] * (8 - len(eight))
-        tasks.append(
-            _Task([0, column, 0, 0, *(a | b << 16 for a, b in zip(told[::2], told[1::2], strict=True))], ALONE_COST)
-        )
-        column += 8
-    dealt = _dealt(tasks)
-    counts = itertools.accumulate(sum(len(task.told) // 4 for task in own) for own in dealt)
-    flat = [n for own in dealt for task in own for n in task.told]
-    return HeadColumns(tuple(flat), tuple(counts), tuple(order), written)
+    ends = itertools.accumulate((4 * len(own) for own in tasks.values()), initial=4 * LIST_HEADER)
+    numbers = [*itertools.islice(ends, 1, None), *told, *itertools.chain(*tasks.values()), 0, 0, 0, 0]
+    return HeadColumns(tuple(numbers), tuple(order), written, tuple(whole))
 
 
-def column_table(keys: SpectralQuantizer, values: SpectralQuantizer, most: int) -> mx.array | None:
-    """int32: header, entries of the heads of keys and then of values, their tasks, and the order of each head's
+Heads = tuple[list[HeadColumns], list[HeadColumns]]  # of keys, and of values
+
+
+def every_head(keys: SpectralQuantizer, values: SpectralQuantizer) -> Heads:
+    """The columns of all heads."""
+    own, others = ([head_columns(q.layout, h) for h in range(q.layout.heads)] for q in (keys, values))
+    return own, others
+
+
+def column_table(keys: SpectralQuantizer, values: SpectralQuantizer, made: Heads, most: int) -> mx.array | None:
+    """int32: header, entries of the heads of keys and then of values, their lists, and the order of each head's
     columns; None when a head needs more columns than a row holds. most: MC, columns of the products, eight more than a
     row of a tile holds."""
     layouts = keys.layout, values.layout
     heads = layouts[0].heads
-    made = [[head_columns(layout, h) for h in range(heads)] for layout in layouts]
-    if any(one.written > most - 8 or one.ends[-1] > MOST_FOURS for part in made for one in part):
+    if not all(one.fits(most) for part in made for one in part):
         return None
     start = HEADER_INTS + 2 * heads * HEAD_INTS
     entries: list[int] = []
     lists: list[int] = []
     for part, (layout, own) in enumerate(zip(layouts, made, strict=True)):
         for h, columns in enumerate(own):
-            ends = sum(end << 8 * warp for warp, end in enumerate(columns.ends))
             words = layout.first_words[h + 1] - layout.first_words[h]
-            entries += [start + len(lists), len(columns.tasks), ends, words]
-            entries += [layout.first_words[h] + part * keys.words, len(columns.order)]
-            lists += columns.tasks
+            entries += [start + len(lists), len(columns.numbers), words]
+            entries += [layout.first_words[h] + part * keys.words, len(columns.order), 0]
+            lists += columns.numbers
     width = max(most, values.synthesis.shape[-1])
     orders = [start + len(lists), start + len(lists) + heads * most]
     table = [
@@ -163,7 +172,7 @@ def column_table(keys: SpectralQuantizer, values: SpectralQuantizer, most: int) 
     ]  # fmt: skip
     for part, own in enumerate(made):
         for columns in own:
-            table += [*columns.order, *([-1] * ((width if part else most) - len(columns.order)))]
+            table += [*columns.orders(part, most), *([-1] * (width - most if part else 0))]
     return evaluated(mx.array(np.array(table, np.int64).astype(np.uint32).view(np.int32)))
 
 
@@ -190,28 +199,39 @@ def most_words(quantizer: SpectralQuantizer) -> int:
     return max(b - a for a, b in itertools.pairwise(first))
 
 
-def least_bytes(most: int, key_dims: int, words: int) -> int:
-    """Shared memory that a thread group needs, see VqColumnSpace in columns.h. words: of a head's keys and values."""
+def least_bytes(most: int, key_dims: int, words: int, numbers: int, warps: int) -> int:
+    """Shared memory that a thread group needs, see VqColumnSpace in columns.h. words, numbers: of the words of a head's
+    keys and values, and of their lists."""
     row = most - 8
-    tile = 4 * (40 + LOOKUP + 2 * row) + 2 * QUERIES * (most + 8)
-    gathering = 4 * WARPS * QUERIES * (most + 2)
-    return max(tile + max(2 * (TOKENS * row + 8) + 4 * TOKENS * words, gathering), 4 * QUERIES * (key_dims + 64))
+    before = 4 * (40 + LOOKUP + numbers) + 2 * QUERIES * (most + 8)
+    own = warps * (2 * (TOKENS * row + 8) + 4 * TOKENS * words)
+    gathering = 4 * warps * QUERIES * (most + 2)
+    return max(before + max(own, gathering), 4 * QUERIES * (key_dims + 64))
 
 
-def groups_of(needed: int) -> int:
-    """Thread groups that one multiprocessor works on at once; 0 when one needs too much."""
-    return min(SHARED_BYTES // (needed + GROUP_BYTES), MOST_GROUPS)
+def groups_of(needed: Callable[[int], int]) -> tuple[int, int]:
+    """(warps of a thread group, groups that one multiprocessor works on at once): as many warps in all as find room, in
+    as few groups, whose sums are to be merged. needed: bytes of a group of so many warps. Two zeros when none does."""
+
+    def both(warps: int) -> tuple[int, int]:
+        return warps, min(SHARED_BYTES // (needed(warps) + GROUP_BYTES), MOST_THREADS // (32 * warps))
+
+    found = max(map(both, range(1, MOST_WARPS + 1)), key=lambda own: (own[0] * own[1], own[0]))
+    return found if found[1] else (0, 0)
 
 
-def chosen(keys: SpectralQuantizer, values: SpectralQuantizer) -> tuple[int, int, mx.array] | None:
-    """(MC, thread groups of a multiprocessor, table), or None when these codes do not fit."""
+def chosen(keys: SpectralQuantizer, values: SpectralQuantizer) -> tuple[int, int, int, mx.array] | None:
+    """(MC, warps of a thread group, groups of a multiprocessor, table), or None when these codes do not fit."""
+    made = every_head(keys, values)
     dims = keys.synthesis.shape[-1], values.synthesis.shape[-1]
+    words = most_words(keys) + most_words(values)
+    numbers = max(len(own.numbers) + len(other.numbers) for own, other in zip(*made, strict=True))
     for spare in SPARE:
         most = max(dims) + spare + 8
-        table = column_table(keys, values, most)
-        groups = groups_of(least_bytes(most, dims[0], most_words(keys) + most_words(values)))
-        if table is not None and groups > 0:
-            return most, groups, table
+        table = column_table(keys, values, made, most)
+        warps, groups = groups_of(functools.partial(least_bytes, most, dims[0], words, numbers))
+        if table is not None and groups:
+            return most, warps, groups, table
     return None
 
 
@@ -247,7 +267,7 @@ def attend(plan: "Plan", o: "Operands", folded: list[mx.array]) -> Launch:
         [(*every, 2), (*every, max(most, shape.value_dims))],
         [mx.float32, mx.float32],
         (plan.splits, shape.planes, shape.row_tiles),
-        WARPS * 32,
+        shape.group[2] * 32,
         shared_bytes(shape.groups),
-        (("T", shape.dtype), ("DK", shape.key_dims), ("DV", shape.value_dims), ("MC", most)),
+        (("T", shape.dtype), ("DK", shape.key_dims), ("DV", shape.value_dims), ("MC", most), ("WARPS", shape.group[2])),
     )  # fmt: skip

@@ -60,7 +60,7 @@ VQ_FN uint vq_permute(uint a, uint b, uint which) { return __byte_perm(a, b, whi
 VQ_FN void vq_put8(vq_half* at, const uint (&x)[4]) {
   *reinterpret_cast<uint4*>(at) = make_uint4(x[0], x[1], x[2], x[3]);
 }
-// The low 32 bits of the 64 of b and a, shifted right; n < 32.
+// The low 32 bits of the 64 of b and a, shifted right by the low five bits of n.
 VQ_FN uint vq_funnel(uint a, uint b, uint n) { return __funnelshift_r(a, b, n); }
 VQ_FN void vq_load4_shared(uint (&to)[4], const uint* from) {
   const uint4 x = *reinterpret_cast<const uint4*>(from);

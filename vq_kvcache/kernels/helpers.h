@@ -258,12 +258,13 @@ VQ_FN VqTile vq_find_tile(VQ_SHARED(const int) chunks, int count, VQ_CHUNK_ARGUM
   return t;
 }
 
-// The tile after t, within its chunk or from the next one on; `tile` is its number.
-template <int TOKENS>
+// The tile AHEAD tiles after t, within its chunk or from the next one on; `tile` is its number.
+template <int TOKENS, int AHEAD>
 VQ_FN VqTile vq_next_tile(VQ_THREAD const VqTile& t, VQ_SHARED(const int) chunks, int count, VQ_CHUNK_ARGUMENTS, int tile,
                           int packed, int total_words, int batch) {
-  if (t.token + TOKENS >= t.tokens) return vq_find_tile<TOKENS>(chunks, count, VQ_CHUNK_NAMES, tile, packed, total_words, batch);
+  enum { PASSED = AHEAD * TOKENS };
+  if (t.token + PASSED >= t.tokens) return vq_find_tile<TOKENS>(chunks, count, VQ_CHUNK_NAMES, tile, packed, total_words, batch);
   VqTile next = t;
-  next.words += TOKENS, next.first += TOKENS, next.token += TOKENS, next.valid -= TOKENS;
+  next.words += PASSED, next.first += PASSED, next.token += PASSED, next.valid -= PASSED;
   return next;
 }

@@ -70,7 +70,7 @@ VQ_FN uint vq_permute(uint a, uint b, uint which) {
   for (int i = 0; i < 4; ++i) x |= (uint)(bytes >> 8 * (which >> 4 * i & 7) & 255) << 8 * i;
   return x;
 }
-VQ_FN uint vq_funnel(uint a, uint b, uint n) { return (uint)(((uint64_t)b << 32 | a) >> n); }
+VQ_FN uint vq_funnel(uint a, uint b, uint n) { return (uint)(((uint64_t)b << 32 | a) >> (n & 31)); }
 VQ_FN void vq_load4_shared(uint (&to)[4], const uint* from) { memcpy(to, from, 16); }
 VQ_FN void vq_put8(vq_half* at, const uint (&x)[4]) { memcpy(at, x, 16); }
 VQ_FN void vq_put2(vq_half* at, uint x) { memcpy(at, &x, 4); }

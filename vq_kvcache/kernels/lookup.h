@@ -1,29 +1,39 @@
-// From packed words to levels in half precision, a token a row: the levels of a ring lie side by side in the token's
-// row of a tile [tokens, columns]. A warp takes one ring of all tokens, or eight codes alone: that is a task, whose numbers
-// columns.py has worked out. For compilers with a byte permutation (CUDA, and the host's): it looks up four indices at
-// once.
+// From packed words to levels in half precision, a token a row: a lane turns the words of one token, and the levels of a
+// ring, or of eight codes alone, lie side by side in the token's row of a tile [tokens, columns]. Each of these is a task,
+// whose numbers columns.py has worked out. For compilers with a byte permutation (CUDA, and the host's): it looks up four
+// indices at once.
 
 enum {
-  VQ_ALONE = 32,       // in `lookup`, 32-bit words: levels of codes alone; before them four words for each width of rings
+  VQ_ALONE = 32,  // in `lookup`, 32-bit words: levels of codes alone; before them four words for each width of rings
   VQ_LOOKUP = 288,
-  VQ_LANE_TOKENS = 4,  // neighbours, of a word that a lane turns
-  VQ_COLUMN_TOKENS = 32 * VQ_LANE_TOKENS,
-  VQ_HALF_RING = 16,
+  VQ_COLUMN_TOKENS = 32,  // of a warp
+  // A head's list: where the tasks of each kind end, in bytes from its beginning on (codes alone, rings of 1 to 5 bits, and
+  // those of 1 and 2 bits of which half of the columns suffice); the first columns of codes alone and of what rings of ten
+  // leave; how many rings of 1 bit fill a word, and the first of these; then the tasks, in that order, and four zeros.
+  VQ_WHOLE_RINGS = 10, VQ_LIST_HEADER = 12,
 };
 
-// what: width of the ring, with VQ_HALF_RING where half of its columns suffice, or 0 for codes alone; from bit 8 on the
-// word. columns: first of eight or more, and from bit 16 on of a pair.
-// shifts: of a ring, bits: shift | (bits - width) << 8 | (bits - 2 width) << 16 of all its bits, and `mask` of these.
-// Codes alone are told of by the next four numbers, 16 bits each: word | turn << 6 | width << 11.
+// A code or a ring begins with `word`: bytes from the first of a lane's words to its own, and in the low five bits by how
+// much that is to be turned. A ring goes on with its bits less its width, their mask, and the bits less two widths.
 struct VqTask {
-  uint what, columns, shifts, mask;
+  uint word, to_one, mask, to_two;
 };
 
-VQ_FN VqTask vq_task(VQ_SHARED(const uint) at) {
+// Tasks from `told` on; of the next one what is told, and its word, are read while one is worked on.
+struct VqTasks {
+  VQ_SHARED(const char) told;
+  VQ_SHARED(const char) words;  // of this lane's token
+  VqTask next;
+  uint x;
+};
+
+VQ_FN uint vq_word_of(VQ_SHARED(const char) words, uint told) { return *(VQ_SHARED(const uint))(words + (told >> 5)); }
+
+VQ_FN void vq_next(VQ_THREAD VqTasks& tasks) {
   uint x[4];
-  vq_load4_shared(x, at);
-  const VqTask task = {x[0], x[1], x[2], x[3]};
-  return task;
+  vq_load4_shared(x, (VQ_SHARED(const uint))tasks.told);
+  tasks.next.word = x[0], tasks.next.to_one = x[1], tasks.next.mask = x[2], tasks.next.to_two = x[3];
+  tasks.x = vq_word_of(tasks.words, x[0]);
 }
 
 // The codes of a ring, each with its neighbours' bits: indices of W + 1 bits. That of an even slot s stands at bit
@@ -108,7 +118,7 @@ struct VqRing<3> {
     const uint r[4] = {vq_two<4, 1, 3>(even, book), vq_two<4, 1, 3>(even >> 6, book),
                        vq_two<4, 1, 3>(odd, book), vq_two<4, 1, 3>(odd >> 6, book)};
     vq_put8(at, r);
-    if (!HALF) vq_put2(tail, vq_two<4, 1, 1>((even >> 12 & 0xffffu) | odd >> 12 << 16, book));
+    vq_put2(tail, vq_two<4, 1, 1>((even >> 12 & 0xffffu) | odd >> 12 << 16, book));
   }
 };
 
@@ -137,68 +147,76 @@ struct VqRing<5> {
   }
 };
 
-// A ring of this lane's tokens, into their rows of a tile: `row` is the first, the others are 32 rows apart. staged: words,
-// from this lane's first token on.
-template <int W, bool HALF, int STRIDE>
-VQ_FN void vq_put_ring(VQ_THREAD const VqTask& p, VQ_SHARED(const uint) staged, VQ_SHARED(const uint) lookup,
-                       VQ_SHARED(vq_half) row) {
+// Rings of this lane's token until `end`, into its row of a tile. COLUMNS: of each; what is left of a ring of ten goes to
+// `tail`.
+template <int W, bool HALF, int COLUMNS>
+VQ_FN void vq_put_rings(VQ_THREAD VqTasks& tasks, VQ_SHARED(const char) end, VQ_SHARED(const uint) lookup,
+                        VQ_THREAD VQ_SHARED(vq_half)& row, VQ_THREAD VQ_SHARED(vq_half)& tail) {
+  if (tasks.told == end) return;
   uint book[4];
   vq_load4_shared(book, lookup + 4 * (W - 1));
-  VQ_SHARED(const uint) words = staged + (p.what >> 8) * VQ_COLUMN_TOKENS;
-  VQ_SHARED(vq_half) at = row + (p.columns & 0xffff);
-  VQ_SHARED(vq_half) tail = row + (p.columns >> 16);
-  const uint shift = p.shifts & 255, to_one = p.shifts >> 8 & 255, to_two = p.shifts >> 16;
-  VQ_LOOP  // or so much would be kept in registers that some is spilled
-  for (int i = 0; i < VQ_LANE_TOKENS; i += 2) {
-    uint x[2];
-    vq_load2(words + i, x[0], x[1]);
-    VQ_UNROLL
-    for (int r = 0; r < 2; ++r)
-      VqRing<W>::template put<HALF>(x[r] >> shift & p.mask, to_one, to_two, book, at + r * 32 * STRIDE,
-                                    tail + r * 32 * STRIDE);
-    at += 64 * STRIDE, tail += 64 * STRIDE;
-  }
+  VQ_LOOP
+  do {
+    const VqTask own = tasks.next;
+    const uint f = vq_funnel(tasks.x, tasks.x, own.word) & own.mask;
+    tasks.told += 16;
+    vq_next(tasks);
+    VqRing<W>::template put<HALF>(f, own.to_one, own.to_two, book, row, tail);
+    row += COLUMNS;
+    if (W == 3) tail += 2;
+  } while (tasks.told != end);
 }
 
-// Eight codes alone. Levels of codes of n bits begin at byte 2^(n + 1).
-template <int STRIDE>
-VQ_FN void vq_put_alone(VQ_THREAD const VqTask& p, VQ_SHARED(const uint) told, VQ_SHARED(const uint) staged,
-                        VQ_SHARED(const uint) lookup, VQ_SHARED(vq_half) row) {
-  uint codes[4], r[VQ_LANE_TOKENS][4];
-  vq_load4_shared(codes, told);
+// Codes alone, eight at a time: of each `word`, and the bytes of `lookup` at which levels of its width begin, 2^(width + 1).
+VQ_FN void vq_put_alone(VQ_THREAD VqTasks& tasks, VQ_SHARED(const char) end, VQ_SHARED(const uint) lookup,
+                        VQ_THREAD VQ_SHARED(vq_half)& row) {
   VQ_SHARED(const char) levels = (VQ_SHARED(const char))(lookup + VQ_ALONE);
-  VQ_UNROLL
-  for (int i = 0; i < 8; ++i) {
-    const uint code = codes[i / 2] >> i % 2 * 16, turn = code >> 6 & 31, first = 2u << (code >> 11 & 15);
-    uint x[VQ_LANE_TOKENS];
-    vq_load4_shared(x, staged + (code & 63) * VQ_COLUMN_TOKENS);
+  VQ_LOOP
+  while (tasks.told != end) {
+    uint r[4];
     VQ_UNROLL
-    for (int t = 0; t < VQ_LANE_TOKENS; ++t) {
-      const uint level =
-          *(VQ_SHARED(const unsigned short))(levels + ((vq_funnel(x[t], x[t], turn) & (first - 2)) | first));
-      r[t][i / 2] = i % 2 ? r[t][i / 2] | level << 16 : level;
+    for (int i = 0; i < 4; ++i) {
+      uint codes[4], level[2];
+      vq_load4_shared(codes, (VQ_SHARED(const uint))tasks.told + 4 * i);
+      VQ_UNROLL
+      for (int k = 0; k < 2; ++k) {
+        const uint x = vq_word_of(tasks.words, codes[2 * k]), first = codes[2 * k + 1];
+        const uint at = (vq_funnel(x, x, codes[2 * k]) & (first - 2)) | first;
+        level[k] = *(VQ_SHARED(const unsigned short))(levels + at);
+      }
+      r[i] = level[0] | level[1] << 16;
     }
+    vq_put8(row, r);
+    tasks.told += 64, row += 8;
   }
-  VQ_UNROLL
-  for (int t = 0; t < VQ_LANE_TOKENS; ++t) vq_put8(row + (p.columns & 0xffff) + t * 32 * STRIDE, r[t]);
 }
 
-// The task at `told`; where the next one is.
-template <int STRIDE>
-VQ_FN VQ_SHARED(const uint) vq_put_task(VQ_SHARED(const uint) told, VQ_SHARED(const uint) staged,
-                                        VQ_SHARED(const uint) lookup, VQ_SHARED(vq_half) row) {
-  const VqTask p = vq_task(told);
-  told += 4;
-  switch (p.what & 255) {
-    case 0: vq_put_alone<STRIDE>(p, told, staged, lookup, row); return told + 4;
-    case 1: vq_put_ring<1, false, STRIDE>(p, staged, lookup, row); break;
-    case 2: vq_put_ring<2, false, STRIDE>(p, staged, lookup, row); break;
-    case 3: vq_put_ring<3, false, STRIDE>(p, staged, lookup, row); break;
-    case 4: vq_put_ring<4, false, STRIDE>(p, staged, lookup, row); break;
-    case 5: vq_put_ring<5, false, STRIDE>(p, staged, lookup, row); break;
-    case VQ_HALF_RING + 1: vq_put_ring<1, true, STRIDE>(p, staged, lookup, row); break;
-    case VQ_HALF_RING + 2: vq_put_ring<2, true, STRIDE>(p, staged, lookup, row); break;
-    case VQ_HALF_RING + 3: vq_put_ring<3, true, STRIDE>(p, staged, lookup, row); break;
-  }
-  return told;
+// Levels of a head, but those of words that are rings of 1 bit, of this lane's token -> its row of a tile. words: of that token, VQ_COLUMN_TOKENS apart.
+VQ_FN void vq_put_levels(VQ_SHARED(const uint) list, VQ_SHARED(const uint) words, VQ_SHARED(const uint) lookup,
+                         VQ_SHARED(vq_half) row) {
+  uint head[3][4];
+  VQ_UNROLL
+  for (int i = 0; i < 3; ++i) vq_load4_shared(head[i], list + 4 * i);
+  VQ_SHARED(const char) start = (VQ_SHARED(const char))list;
+  VQ_SHARED(vq_half) alone = row + head[2][0];
+  VQ_SHARED(vq_half) tail = row + head[2][1];  // written after codes alone, whose last eight may leave room
+  VqTasks tasks;
+  tasks.told = start + 4 * VQ_LIST_HEADER, tasks.words = (VQ_SHARED(const char))words;
+  vq_put_alone(tasks, start + head[0][0], lookup, alone);
+  vq_next(tasks);
+  vq_put_rings<1, false, 32>(tasks, start + head[0][1], lookup, row, tail);
+  vq_put_rings<2, false, 16>(tasks, start + head[0][2], lookup, row, tail);
+  vq_put_rings<3, false, 8>(tasks, start + head[0][3], lookup, row, tail);
+  vq_put_rings<4, false, 8>(tasks, start + head[1][0], lookup, row, tail);
+  vq_put_rings<5, false, 8>(tasks, start + head[1][1], lookup, row, tail);
+  vq_put_rings<1, true, 16>(tasks, start + head[1][2], lookup, row, tail);
+  vq_put_rings<2, true, 8>(tasks, start + head[1][3], lookup, row, tail);
+}
+
+// Of a word that is a ring of 1 bit, the indices (windows of three bits, see VqRing<1>) of codes place, place + 4, ...
+VQ_FN uint vq_every_fourth(uint x, int place) { return vq_funnel(x, x, place + 30) & 0x77777777u; }
+
+// Indices of two tokens' codes at bits place, place + 8, ..., in turn.
+VQ_FN uint vq_every_eighth(uint x, uint y, int place) {
+  return (vq_funnel(x, x, place + 30) & 0x07070707u) | (vq_funnel(y, y, place + 26) & 0x70707070u);
 }

@@ -24,8 +24,8 @@ GROUPS = {"cuda": 264, "metal": 240, "host": 24}  # that fill a GPU: two on each
 
 class Shape(NamedTuple):
     """What the operands of a plan look like, and which kernel takes them: columns.h with `columns` of them and as many
-    thread `groups` to a multiprocessor, or attend.h (0) with `group`: rows of a tile of keys and of values, warps,
-    words fetched ahead."""
+    thread `groups` to a multiprocessor, or attend.h (0). group: rows of a tile of keys and of values, warps, words
+    fetched ahead; only warps with columns."""
 
     place: str
     dtype: mx.Dtype
@@ -56,7 +56,7 @@ class Shape(NamedTuple):
 
     @property
     def tokens(self) -> int:
-        """Packed tokens that a warp, or with columns a thread group, takes at a time."""
+        """Packed tokens that a warp takes at a time."""
         return columns.TOKENS if self.columns else launches.TOKENS
 
 
@@ -94,7 +94,8 @@ def _tables(keys: SpectralQuantizer, values: SpectralQuantizer, wide: bool, plac
     if not wide and place != "metal":
         chosen = columns.chosen(keys, values)
         if chosen is not None:
-            return chosen[0], chosen[2], (0, 0, 0, 0), chosen[1]
+            most, warps, groups, table = chosen
+            return most, table, (0, 0, warps, 0), groups
     stage = 0 if place == "metal" else next(n for n in launches.STAGES if n >= launches.head_words(keys, values))
     group = launches.group_of(*dims, 4 if wide else 2, stage, place)
     return 0, launches.layer_table(keys, values), (*group, stage), 0
@@ -111,11 +112,13 @@ def _numbers(
     if shape.columns and shape.place == "cuda":
         groups = MULTIPROCESSORS * shape.groups
     room = groups // (shape.planes * shape.row_tiles)
-    # Packed groups wait for those of exact tokens, half a tile's time, where there is no room for all.
-    most = min(-(-tiles // max(shape.group[2], 1)), launches.MOST_SPLITS - exact)
+    # Where that makes no round of the warps less, there is room for the groups of exact tokens, too.
+    warps = shape.group[2]
+    most = min(-(-tiles // warps), launches.MOST_SPLITS - exact)
     tried = [max(1, min(free, most)) for free in (room - exact, room)]
-    splits = min(tried, key=lambda n: -(-tiles // n) + 0.5 * (n + exact > room))
-    each = -(-tiles // splits)
+    together = warps if shape.columns else 1  # which take as many tiles each
+    splits = min(tried, key=lambda n: -(-tiles // (together * n)))
+    each = -(-tiles // (together * splits)) * together
     splits = -(-tiles // each)
     params = (
         shape.batch, shape.heads, shape.group_queries, shape.length, exact, splits, capacity, tiles, each, *mask,
