@@ -140,6 +140,17 @@ def _restoring(
     return traced
 
 
+@kept_by_thread(16)
+def _writing(start: int) -> Callable[..., tuple[mx.array, mx.array]]:
+    """`written` for keys and values, traced once for all layers of a step."""
+
+    def both(held_keys: mx.array, held_values: mx.array, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        return written(held_keys, start, keys), written(held_values, start, values)
+
+    traced: Callable[..., tuple[mx.array, mx.array]] = mx.compile(both)
+    return traced
+
+
 class Storage:
     """Keys [B, H, T, Dk] and values [B, H, T, Dv] of one layer, appended at the end, trimmed at the end.
 
@@ -191,8 +202,7 @@ class Storage:
             room = self._room(start + added, keys, values)
             self.exact_keys = _resized(self.exact_keys, start, room, keys)
             self.exact_values = _resized(self.exact_values, start, room, values)
-        self.exact_keys = written(self.exact_keys, start, keys)
-        self.exact_values = written(self.exact_values, start, values)
+        self.exact_keys, self.exact_values = _writing(start)(self.exact_keys, self.exact_values, keys, values)
         self.exact_tokens += added
         if not self.chunks:
             self.held_sinks = min(self.sinks, self.exact_tokens)
