@@ -53,7 +53,7 @@ class Case:
         )
 
 
-# Of few bits, so that one program serves all three: others are of more shared memory.
+# Of few bits: one program serves all three at most head_dims, and most layers.
 FIRST: tuple[dict[str, Any], ...] = (
     {"bits": 2.25, "tokens": 200},
     {"bits": 3.0, "length": 2, "mask": "causal", "tokens": 160},
@@ -69,7 +69,7 @@ def table(place: str) -> Iterator[Case]:
             yield Case(dims, dims, dtype=dtype, bits=2.25)
     yield Case(192, 128)
     yield Case(64, 128, bits=3.0)
-    for dims, bits in ((192, 5.5), (256, 5.25)):  # more columns than columns.h takes
+    for dims, bits in ((192, 5.5), (256, 5.25)):  # of so many columns that columns.h takes them just so, or not
         if launches.has_room(dims, dims, mx.float16, place):
             yield Case(dims, dims, bits=bits)
     for bits, dtype in itertools.product((0.5, 1.0, 1.5, 3.0, 4.0, 5.0, 6.0, 7.0, 7.75), (mx.float16, mx.float32)):
@@ -103,7 +103,8 @@ def quantizer(dims: int, heads: int, bits: float, seed: int) -> SpectralQuantize
 
 
 def snapshot(case: Case) -> Snapshot:
-    """A cache of random codes and random exact tokens, the packed ones in two chunks; rows of a batch differ in length.
+    """A cache of random codes and random exact tokens, the packed ones in three chunks; rows of a batch differ in
+    length.
 
     No quantizer runs: on a GPU, plain operations would be compiled for that, one by one.
     """
@@ -112,7 +113,7 @@ def snapshot(case: Case) -> Snapshot:
     window, sinks = 56, 4
     packed = case.tokens - window - sinks
     first = packed // 3 // 4 * 4
-    sizes = [n for n in (first, packed - first) if n]
+    sizes = [n for n in (first, first, packed - 2 * first) if n]
     width = keys.words + values.words
     chunks = [generator.integers(0, 2**32, (case.batch, width, -(-n // 4) * 4), dtype=np.uint32) for n in sizes]
     exact = [

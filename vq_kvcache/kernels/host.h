@@ -3,7 +3,9 @@
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
+#include <vector>
 
 #define VQ_FN static inline
 #define VQ_IN(T) const T*
@@ -71,9 +73,13 @@ VQ_FN uint vq_permute(uint a, uint b, uint which) {
   return x;
 }
 VQ_FN uint vq_funnel(uint a, uint b, uint n) { return (uint)(((uint64_t)b << 32 | a) >> (n & 31)); }
-VQ_FN void vq_load4_shared(uint (&to)[4], const uint* from) { memcpy(to, from, 16); }
-VQ_FN void vq_put8(vq_half* at, const uint (&x)[4]) { memcpy(at, x, 16); }
-VQ_FN void vq_put2(vq_half* at, uint x) { memcpy(at, &x, 4); }
+VQ_FN const void* vq_aligned(const void* p, size_t bytes) {  // GPUs read and write nothing else
+  if ((uintptr_t)p % bytes) abort();
+  return p;
+}
+VQ_FN void vq_load4_shared(uint (&to)[4], const uint* from) { memcpy(to, vq_aligned(from, 16), 16); }
+VQ_FN void vq_put8(vq_half* at, const uint (&x)[4]) { memcpy((void*)vq_aligned(at, 16), x, 16); }
+VQ_FN void vq_put2(vq_half* at, uint x) { memcpy((void*)vq_aligned(at, 4), &x, 4); }
 VQ_FN float vq_low(vq_half2 x) { return (float)x.x; }
 VQ_FN float vq_high(vq_half2 x) { return (float)x.y; }
 VQ_FN vq_half2 vq_pack(float a, float b) { return {(vq_half)a, (vq_half)b}; }
@@ -84,16 +90,45 @@ VQ_FN vq_half2 vq_fma(vq_half2 a, vq_half2 b, vq_half2 c) {  // rounded once, as
 VQ_FN vq_half2 vq_mul(vq_half2 a, vq_half2 b) { return {(vq_half)(a.x * b.x), (vq_half)(a.y * b.y)}; }
 VQ_FN vq_half2 vq_sub(vq_half2 a, vq_half2 b) { return {(vq_half)(a.x - b.x), (vq_half)(a.y - b.y)}; }
 VQ_FN uint vq_pair(uint a, uint b, int byte) { return (a >> 8 * byte & 0xffff) | b >> 8 * byte << 16; }
-VQ_FN void vq_load2(const uint* from, uint& a, uint& b) { a = from[0], b = from[1]; }
+VQ_FN void vq_load2(const uint* from, uint& a, uint& b) {
+  vq_aligned(from, 8);
+  a = from[0], b = from[1];
+}
 
 template <int TOKENS>
 VQ_FN void vq_stage(uint* to, const uint* from, int capacity, int left, int words, int lane) {
   for (int i = lane; i < words * TOKENS; i += 32)
     if (i % TOKENS < left) to[i] = from[(size_t)(i / TOKENS) * capacity + i % TOKENS];
 }
-VQ_FN void vq_fetch4(uint* to, const uint* from) { memcpy(to, from, 16); }
-VQ_FN void vq_stage_nothing() {}
-VQ_FN void vq_stage_wait() {}
+
+// Copies arrive when their lane waits for them, and not before. That lanes wait for each other's is seen so, but not that
+// they wait before a tile is read or written anew: they meet in every product.
+struct VqCopies {
+  struct Copy {
+    uint* to;
+    const uint* from;
+  };
+  std::vector<Copy> asked, sent, older;  // not a group yet, the newest group, and those before it
+};
+VQ_FN VqCopies& vq_copies() {
+  static std::vector<VqCopies> all(1024);
+  return all[VqFibers::current->lane()];
+}
+VQ_FN void vq_fetch4(uint* to, const uint* from) {
+  vq_aligned(from, 16);
+  memset((void*)vq_aligned(to, 16), 0xa5, 16);
+  vq_copies().asked.push_back({to, from});
+}
+VQ_FN void vq_stage_nothing() {
+  VqCopies& own = vq_copies();
+  own.older.insert(own.older.end(), own.sent.begin(), own.sent.end());
+  own.sent.swap(own.asked);
+  own.asked.clear();
+}
+VQ_FN void vq_stage_wait() {
+  for (const VqCopies::Copy& copy : vq_copies().older) memcpy(copy.to, copy.from, 16);
+  vq_copies().older.clear();
+}
 
 VQ_FN float vq_shuffle_xor(float x, uint bit) { return VqFibers::current->shuffle_xor(x, bit); }
 VQ_FN bool vq_any(bool x) {
@@ -115,6 +150,7 @@ VQ_FN const VqGiven* vq_given(const VqGiven& own) {
 VQ_FN uint vq_two_halves(vq_half a, vq_half b) { return vq_bits({a, b}); }
 VQ_FN void vq_load_matrices(uint (&r)[4], const vq_half* p, bool turned) {
   VqGiven own = {};
+  vq_aligned(p, 16);
   memcpy(&own, &p, sizeof p);
   const VqGiven* all = vq_given(own);
   const int lane = VqFibers::current->lane() % 32, row = lane / 4, column = lane % 4 * 2;
