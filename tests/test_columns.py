@@ -194,6 +194,21 @@ def test_tables_go_with_their_quantizers():
     assert alive() is None
 
 
+def test_what_is_kept_is_not_found_by_another_with_the_same_id():
+    class Named:
+        def __init__(self, name):
+            self.name = name
+
+    find = launches.kept_with_keys(lambda keys: keys.name)
+    first = Named("first")
+    assert find(first) == "first"
+    place, others = id(first), []
+    del first
+    while not others or id(others[-1]) != place:
+        others.append(Named(len(others)))
+    assert find(others[-1]) == len(others) - 1
+
+
 def test_more_exact_tokens_than_splits_go_another_way():
     held = doctor.snapshot(doctor.Case(bits=2.25))
     queries = mx.zeros((1, 8, 1, 64), mx.float16)

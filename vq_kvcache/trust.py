@@ -14,8 +14,8 @@ from .spectral.spectral_quant import Quantizer, SpectralQuantizer
 
 @functools.cache
 def trusted(place: str, key_dims: int, value_dims: int, dtype: mx.Dtype) -> bool:
-    """Whether the kernels of this back-end agree with attention in float64 here: three small shapes of the variant
-    that is asked for, of few bits, once a process.
+    """Whether the kernels of this back-end agree with attention in float64 here: three small shapes of few bits, of
+    these dimensions and this kind of numbers, once a process.
 
     False, with a warning, when they do not or fail to build; RuntimeError when VQ_KVCACHE_BACKEND asks for them.
     """

@@ -281,8 +281,8 @@ VQ_FN void vq_gather_columns(VQ_THREAD VqColumnSums<MC>& running, VQ_SHARED(cons
 
 // Where things lie in shared memory, in floats: the mean's scores, chunks, entries, levels, folded queries, lists of keys
 // and then of values, and for each warp a tile, and words of keys and then of values. A row holds 8 columns less than MC, so
-// that eight rows lie in different memory banks: the last product reads eight numbers behind it, and multiplies them by
-// zero.
+// that eight rows lie in different memory banks: the last product reads eight numbers behind it, for columns of queries that
+// are zero, or of sums that nobody reads.
 template <int MC>
 struct VqColumnSpace {
   enum {
@@ -368,7 +368,7 @@ VQ_FN void vq_attend_columns_packed(VQ_IN(vq_half) folded_in, VQ_IN(float) mean_
   VQ_LOOP
   for (; i < last_tile; i += WARPS) {
     float s[2][4];
-    VqTile next = t;
+    VqTile next = t;  // until values are decoded
     VQ_LOOP
     for (int part = 0; part < 2; ++part) {  // keys, then values: a loop, so that the decoder is in the program once
       VQ_SHARED(const int) entry = part ? value_entry : key_entry;

@@ -1,8 +1,8 @@
 """Launches of columns.h: attention of half precision where a kernel knows the fragments of the matrix units (CUDA).
 
-A head's levels lie in columns of its own order: eight at a time, which are one store, then pairs. `order` tells which
-coordinate a column is; queries are folded, and sums unfolded, in that order. What there is to decode is told of task
-by task, as lookup.h takes it.
+A head's levels lie in columns of its own order: eight at a time, which are one store, then pairs; rings of 1 bit that
+fill a word lie at the end, in no tile. An order tells which coordinate a column is; queries are folded, and sums
+unfolded, in that order. What there is to decode is told of task by task, as lookup.h takes it.
 """
 
 import functools
@@ -16,7 +16,7 @@ import numpy as np
 from ..spectral import codebook, trellis
 from ..spectral.packing import Layout, Segment
 from ..spectral.spectral_quant import SpectralQuantizer
-from . import COLUMNS, FOLD, GROUP_BYTES, MOST_THREADS, SHARED_BYTES, Launch
+from . import COLUMNS, FOLD, GROUP_BYTES, MOST_GROUPS, MOST_THREADS, SHARED_BYTES, Launch
 from .launches import HEAD_INTS, evaluated
 
 if TYPE_CHECKING:
@@ -164,15 +164,12 @@ def column_table(keys: SpectralQuantizer, values: SpectralQuantizer, made: Heads
             entries += [start + len(lists), len(columns.numbers), words]
             entries += [layout.first_words[h] + part * keys.words, len(columns.order), 0]
             lists += columns.numbers
-    width = max(most, values.synthesis.shape[-1])
     orders = [start + len(lists), start + len(lists) + heads * most]
     table = [
-        heads, keys.words + values.words, layouts[0].stored, layouts[1].stored, width, orders[1], orders[0], *([0] * 9),
+        heads, keys.words + values.words, layouts[0].stored, layouts[1].stored, most, orders[1], orders[0], *([0] * 9),
         *entries, *lists,
     ]  # fmt: skip
-    for part, own in enumerate(made):
-        for columns in own:
-            table += [*columns.orders(part, most), *([-1] * (width - most if part else 0))]
+    table += [n for part, own in enumerate(made) for columns in own for n in columns.orders(part, most)]
     return evaluated(mx.array(np.array(table, np.int64).astype(np.uint32).view(np.int32)))
 
 
@@ -214,7 +211,8 @@ def groups_of(needed: Callable[[int], int]) -> tuple[int, int]:
     as few groups, whose sums are to be merged. needed: bytes of a group of so many warps. Two zeros when none does."""
 
     def both(warps: int) -> tuple[int, int]:
-        return warps, min(SHARED_BYTES // (needed(warps) + GROUP_BYTES), MOST_THREADS // (32 * warps))
+        held = SHARED_BYTES // (needed(warps) + GROUP_BYTES)
+        return warps, min(held, MOST_THREADS // (32 * warps), MOST_GROUPS)
 
     found = max(map(both, range(1, MOST_WARPS + 1)), key=lambda own: (own[0] * own[1], own[0]))
     return found if found[1] else (0, 0)
@@ -264,7 +262,7 @@ def attend(plan: "Plan", o: "Operands", folded: list[mx.array]) -> Launch:
         COLUMNS,
         [o.queries, o.exact_keys, o.exact_values, *o.words, o.held, *folded, o.table, lookup(), o.params, o.scale,
          o.hidden, o.added],
-        [(*every, 2), (*every, max(most, shape.value_dims))],
+        [(*every, 2), (*every, most)],
         [mx.float32, mx.float32],
         (plan.splits, shape.planes, shape.row_tiles),
         shape.group[2] * 32,

@@ -47,7 +47,7 @@ def kept_with_keys(function: Callable[..., T]) -> Callable[..., T]:
         own = kept.get(id(keys))
         if own is None:
             own = kept[id(keys)] = {}
-            weakref.finalize(keys, kept.pop, id(keys), None)
+            weakref.finalize(keys, kept.pop, id(keys), None).atexit = False
         named = id(values), *rest
         if named not in own:
             of_both = (keys,) if values is None else (keys, values)

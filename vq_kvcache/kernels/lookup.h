@@ -1,7 +1,7 @@
 // From packed words to levels in half precision, a token a row: a lane turns the words of one token, and the levels of a
 // ring, or of eight codes alone, lie side by side in the token's row of a tile [tokens, columns]. Each of these is a task,
-// whose numbers columns.py has worked out. For compilers with a byte permutation (CUDA, and the host's): it looks up four
-// indices at once.
+// whose numbers columns.py has worked out; rings of 1 bit that fill a word are none (columns.h). For compilers with a byte
+// permutation (CUDA, and the host's): it looks up four indices at once.
 
 enum {
   VQ_ALONE = 32,  // in `lookup`, 32-bit words: levels of codes alone; before them four words for each width of rings
@@ -10,7 +10,7 @@ enum {
   // A head's list: where the tasks of each kind end, in bytes from its beginning on (codes alone, rings of 1 to 5 bits, and
   // those of 1 and 2 bits of which half of the columns suffice); the first columns of codes alone and of what rings of ten
   // leave; how many rings of 1 bit fill a word, and the first of these; then the tasks, in that order, and four zeros.
-  VQ_WHOLE_RINGS = 10, VQ_LIST_HEADER = 12,
+  VQ_FIRST_ALONE = 8, VQ_FIRST_TAIL = 9, VQ_WHOLE_RINGS = 10, VQ_LIST_HEADER = 12,
 };
 
 // A code or a ring begins with `word`: bytes from the first of a lane's words to its own, and in the low five bits by how
@@ -191,15 +191,17 @@ VQ_FN void vq_put_alone(VQ_THREAD VqTasks& tasks, VQ_SHARED(const char) end, VQ_
   }
 }
 
-// Levels of a head, but those of words that are rings of 1 bit, of this lane's token -> its row of a tile. words: of that token, VQ_COLUMN_TOKENS apart.
+// Levels of a head, but those of words that are rings of 1 bit, of this lane's token -> its row of a tile. words: of that
+// token, VQ_COLUMN_TOKENS apart.
 VQ_FN void vq_put_levels(VQ_SHARED(const uint) list, VQ_SHARED(const uint) words, VQ_SHARED(const uint) lookup,
                          VQ_SHARED(vq_half) row) {
   uint head[3][4];
   VQ_UNROLL
   for (int i = 0; i < 3; ++i) vq_load4_shared(head[i], list + 4 * i);
   VQ_SHARED(const char) start = (VQ_SHARED(const char))list;
-  VQ_SHARED(vq_half) alone = row + head[2][0];
-  VQ_SHARED(vq_half) tail = row + head[2][1];  // written after codes alone, whose last eight may leave room
+  VQ_SHARED(vq_half) alone = row + head[VQ_FIRST_ALONE / 4][VQ_FIRST_ALONE % 4];
+  // Written after codes alone, whose last eight may leave room.
+  VQ_SHARED(vq_half) tail = row + head[VQ_FIRST_TAIL / 4][VQ_FIRST_TAIL % 4];
   VqTasks tasks;
   tasks.told = start + 4 * VQ_LIST_HEADER, tasks.words = (VQ_SHARED(const char))words;
   vq_put_alone(tasks, start + head[0][0], lookup, alone);

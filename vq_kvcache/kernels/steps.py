@@ -112,7 +112,7 @@ def _numbers(
     if shape.columns and shape.place == "cuda":
         groups = MULTIPROCESSORS * shape.groups
     room = groups // (shape.planes * shape.row_tiles)
-    # Where that makes no round of the warps less, there is room for the groups of exact tokens, too.
+    # Room is left for the groups of exact tokens, unless without it there is a tile less for everyone.
     warps = shape.group[2]
     most = min(-(-tiles // warps), launches.MOST_SPLITS - exact)
     tried = [max(1, min(free, most)) for free in (room - exact, room)]
