@@ -186,6 +186,19 @@ def test_doctor_fails_when_anything_is_wrong(error, codes, status, monkeypatch, 
     assert f"{int(error == 0)} of 1 cases right" in told
 
 
+def test_doctor_tells_of_kernels_that_do_not_build(monkeypatch, capsys):
+    def failing(*launch, **options):
+        raise RuntimeError("no compiler here\nand more of it")
+
+    monkeypatch.setattr(kernels, "backend", lambda: "metal")
+    monkeypatch.setattr(kernels, "run", failing)
+    monkeypatch.setattr(doctor, "compare", failing)
+    assert doctor.main(["--only", "head_dim 192/128"]) == 1
+    told = capsys.readouterr().out
+    assert "codes: no compiler here\n" in told
+    assert "0 of 1 cases right" in told
+
+
 def test_doctor_says_where_it_is(capsys):
     assert doctor.main(["--only", "head_dim 64 heads 8/2 queries 2 batch 1 tokens 260"]) == 0
     told = capsys.readouterr().out

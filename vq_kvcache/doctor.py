@@ -25,6 +25,7 @@ from .spectral.packing import allocate_words, unpack_reference
 from .spectral.progress import bar
 from .spectral.spectral_quant import SpectralQuantizer
 from .storage import Snapshot
+from .trust import what_fails
 
 
 @dataclasses.dataclass(frozen=True)
@@ -286,7 +287,7 @@ def main(argv: list[str]) -> int:
     if place == "ops":
         print("no kernels here: attention on codes runs in plain operations")
         return 0
-    codes = wrong_codes(place) or wrong_arrays(place, 128, 64, mx.bfloat16)
+    codes = what_fails(lambda: wrong_codes(place) or wrong_arrays(place, 128, 64, mx.bfloat16))
     print(f"codes: {codes or 'right'}")
     cases, wrong = [c for c in table(place) if only in str(c)], 0
     for case in bar(cases, unit="case"):

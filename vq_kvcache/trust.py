@@ -50,11 +50,16 @@ def encode_words(quantizer: Quantizer, x: mx.array) -> mx.array:
     return kernels.run(launches.encode(quantizer, x), place)[0]
 
 
-def _right(place: str, first_wrong: Callable[[], str]) -> bool:
+def what_fails(check: Callable[[], str]) -> str:
+    """What a check finds wrong, or why it could not be made; nothing when all is right."""
     try:
-        wrong = first_wrong()
+        return check()
     except RuntimeError as error:
-        wrong = str(error).strip().splitlines()[0]
+        return str(error).strip().splitlines()[0]
+
+
+def _right(place: str, first_wrong: Callable[[], str]) -> bool:
+    wrong = what_fails(first_wrong)
     if not wrong:
         return True
     if os.environ.get(kernels.VARIABLE) == place:
