@@ -44,7 +44,7 @@ class Packed(tuple[tuple[mx.array, int], ...]):
         MLX sends work to a GPU after so many bytes of inputs, so no large buffer is named twice."""
         words = [_padded(held) if held.shape[-1] % 4 else held for held, _ in self]
         sizes = tuple((tokens, own.shape[-1]) for (_, tokens), own in zip(self, words, strict=True))
-        return words + [_no_words()] * (MAX_CHUNKS - len(words)), sizes
+        return words + [nothing(mx.uint32)] * (MAX_CHUNKS - len(words)), sizes
 
 
 def _padded(words: mx.array) -> mx.array:
@@ -53,8 +53,9 @@ def _padded(words: mx.array) -> mx.array:
 
 
 @functools.cache
-def _no_words() -> mx.array:
-    none = mx.zeros(LEAST_INPUT, mx.uint32)
+def nothing(dtype: mx.Dtype) -> mx.array:
+    """An operand that kernels do not read, [LEAST_INPUT]."""
+    none = mx.zeros(LEAST_INPUT, dtype)
     mx.eval(none)
     return none
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 import mlx.core as mx
 import numpy as np
 
-from ..chunks import LEAST_INPUT
+from ..chunks import nothing
 from ..rows import Rows
 from ..spectral import codebook, trellis
 from ..spectral.packing import Layout
@@ -33,7 +33,6 @@ HEAD_INTS = 6
 MOST_PIECES = 32  # of a head
 BOOK_BYTES = 4 * (2 * 9 * _COEFFICIENTS + 8 * MOST_PIECES)
 MOST_SPLITS = 1024
-NOTHING = LEAST_INPUT  # elements of an operand that is not read
 GROUP_BYTES = 231_000  # of one thread group on CUDA
 STAGES = (24, 48, 96)  # words of a head that a warp fetches ahead
 
@@ -156,12 +155,6 @@ def rows(layout: Rows) -> mx.array:
     counts = zip(layout.held_sinks, layout.window_start, layout.packed_tokens, strict=True)
     flat = [n for sinks, start, packed in counts for n in (sinks, start, layout.window_end, packed)]
     return mx.array(flat, mx.int32)
-
-
-@functools.cache
-def nothing(dtype: mx.Dtype) -> mx.array:
-    """An operand that is not read."""
-    return evaluated(mx.zeros(NOTHING, dtype))
 
 
 ChunkSizes = tuple[tuple[int, int], ...]

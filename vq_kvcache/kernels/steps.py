@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import mlx.core as mx
 
+from ..chunks import LEAST_INPUT, nothing
 from ..rows import Rows
 from ..spectral.spectral_quant import SpectralQuantizer
 from . import ATTEND, MERGE, Launch, columns, launches, run
@@ -141,7 +142,7 @@ def step(
     codes, chunks = snapshot.codes
     kind, strides, hidden, added = launches.mask_inputs(mask)
     plan, params, held = _numbers(shape, snapshot.layout, capacity, chunks, (kind, *strides), sinks is not None)
-    logits = launches.nothing(mx.float32) if sinks is None else sinks.astype(mx.float32)
+    logits = nothing(mx.float32) if sinks is None else sinks.astype(mx.float32)
     return plan, Operands(
         codes.words, queries, snapshot.exact_keys, snapshot.exact_values, held, params,
         launches.scale(scale), hidden, added, table, keys.synthesis, keys.mean, values.synthesis, values.mean, logits,
@@ -211,6 +212,6 @@ def _traced(plan: Plan) -> Callable[..., mx.array]:
 def attend(plan: Plan, o: Operands) -> mx.array:
     """The same, traced once for each plan: MLX would otherwise put the kernels' text together at every launch. Not with
     a mask of as many numbers as there are tokens, whose shape, and so the trace, would be another at every step."""
-    if o.hidden.size + o.added.size > 2 * launches.NOTHING:
+    if o.hidden.size + o.added.size > 2 * LEAST_INPUT:
         return attend_by(run, plan, o)
     return _traced(plan)(*o)
