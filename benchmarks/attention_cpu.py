@@ -134,8 +134,8 @@ def parts(bits: float, rounds: int, progress: Any) -> dict[str, float]:
     calls = {
         "levels": chained(lambda w: quantizer.decode_head(w, 0), words),
         "scores": chained(lambda q: q @ levels, queries),
-        "weighted sum": chained(lambda w: attention._weighted(w, levels.swapaxes(-1, -2)), weights),
-        "weighted sum by BLAS": chained(lambda w: w @ levels.swapaxes(-1, -2), weights),
+        "levels and scores": chained(lambda q: quantizer.head_scores(q, words, 0), queries),
+        "levels and weighted sum": chained(lambda w: quantizer.head_sums(w, words, 0), weights),
     }
     times = in_rounds(calls, rounds, progress)
     return {name: statistics.median(t) * 1e6 / CHAIN / levels.size for name, t in times.items()}

@@ -6,6 +6,7 @@ import numpy as np
 import oracle
 import pytest
 
+from vq_kvcache.spectral import packing
 from vq_kvcache.spectral.spectral_quant import EncodedVector, RawQuantizer, SpectralQuantizer, SpectralRotation
 
 HALF = [mx.float16, mx.bfloat16]
@@ -238,11 +239,15 @@ def test_stacked_heads_equal_the_heads_one_by_one():
     assert stacked.encode(x[0]).codes.shape == (stacked.words, 9)
 
 
-def test_folded_queries_and_unfolded_outputs_give_what_decoded_vectors_give():
+@pytest.mark.parametrize("few_tokens", [0, 512])
+@pytest.mark.parametrize(("batch", "tokens"), [(1, 9), (3, 37), (2, 301)])
+def test_folded_queries_and_unfolded_outputs_give_what_decoded_vectors_give(monkeypatch, batch, tokens, few_tokens):
+    monkeypatch.setattr(packing, "FEW_TOKENS", few_tokens)
     quantizer = SpectralQuantizer.stack(different_heads())
     key = mx.random.split(mx.random.key(2), 3)
-    words = quantizer.encode(mx.random.normal((1, 4, 9, 16), key=key[0]) * 3).codes
-    queries, weights = mx.random.normal((1, 4, 3, 16), key=key[1]), mx.random.uniform(shape=(1, 4, 3, 9), key=key[2])
+    words = quantizer.encode(mx.random.normal((batch, 4, tokens, 16), key=key[0]) * 3).codes
+    queries = mx.random.normal((batch, 4, 3, 16), key=key[1])
+    weights = mx.random.uniform(shape=(batch, 4, 3, tokens), key=key[2]) / tokens
     vectors, levels = quantizer.decode_words(words), quantizer.decode_levels(words)
     folded, constant = quantizer.fold_queries(queries)
     assert mx.allclose(folded @ levels + constant, queries @ vectors.swapaxes(-1, -2), rtol=1e-5, atol=1e-4).item()
@@ -252,10 +257,13 @@ def test_folded_queries_and_unfolded_outputs_give_what_decoded_vectors_give():
         own = quantizer.decode_head(words, head)
         scores = quantizer.sorted_queries(folded, head) @ own
         assert mx.allclose(scores, (folded @ levels)[:, head], rtol=1e-5, atol=1e-4).item()
-        sums = quantizer.stored_outputs(weights[:, head] @ own.swapaxes(-1, -2), head)
+        tiled = quantizer.head_scores(quantizer.sorted_queries(folded, head), words, head)
+        assert mx.allclose(tiled, scores, rtol=1e-5, atol=1e-4).item()
         expected = (weights @ levels.swapaxes(-1, -2))[:, head]
-        assert sums.shape == expected.shape
-        assert mx.allclose(sums, expected, rtol=1e-5, atol=1e-4).item()
+        for rows in (weights[:, head] @ own.swapaxes(-1, -2), quantizer.head_sums(weights[:, head], words, head)):
+            sums = quantizer.stored_outputs(rows, head)
+            assert sums.shape == expected.shape
+            assert mx.allclose(sums, expected, rtol=1e-5, atol=1e-4).item()
 
 
 @pytest.mark.parametrize("dtype", FLOATS)

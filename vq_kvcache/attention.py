@@ -24,7 +24,6 @@ from .trust import trusted
 Mask = mx.array | Literal["causal"] | None
 Part = Literal["sinks", "packed", "window"]
 Stream = mx.Stream | mx.ThreadLocalStream
-Product = Callable[[mx.array, mx.array], mx.array]
 Run = Callable[[kernels.Launch, str], list[mx.array]]
 
 # Of all temporaries together: beyond a few MB they leave the cache of a CPU, beyond 32 MB MLX keeps their buffers no
@@ -35,11 +34,9 @@ GPU_TILE_BYTES = 128 << 20  # there, launches cost more
 # Those that this process may use, where the system tells.
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 MOST_STREAMS = 8
-COPIES = 12  # of a tile's levels that are held at once: MLX keeps a hundred operations in flight,
-COPIES_OF_A_STREAM = 8  # and every stream works on some
+COPIES = 6  # of a tile's levels that are held at once: MLX keeps a hundred operations in flight,
+COPIES_OF_A_STREAM = 3  # and every stream works on some
 DECODED_BYTES = 512 << 20  # of one layer's keys and values, for the time of a prompt chunk's attention
-FEW_ROWS = 16  # for which `_weighted` multiplies by itself
-LANES = 16
 LARGE_CHUNK = 4 << 20  # bytes of new keys and values: a layer's share of a prompt is then worth waiting for
 LOWEST = -1e30  # stands for minus infinity: finite, so that rows without any visible key stay free of NaN
 
@@ -215,13 +212,13 @@ def _packed_heads(
         scores: list[mx.array] = []
         for head, (query, constant), stream in zip(heads, queries, streams, strict=False):
             with mx.stream(stream):
-                product = query @ snapshot.key_quantizer.decode_head(key_words, head) + constant
+                product = snapshot.key_quantizer.head_scores(query, key_words, head) + constant
                 scores.append(visible.hide(product, "packed", start, end, head))
         value_words = mx.depends([value_words], scores)[0]
         for i, (head, stream) in enumerate(zip(heads, streams, strict=False)):
             with mx.stream(stream):
-                levels = snapshot.value_quantizer.decode_head(value_words, head)
-                running[i] = _attend_tile(running[i], scores[i], levels.swapaxes(-1, -2), _weighted)
+                sums = functools.partial(snapshot.value_quantizer.head_sums, words=value_words, head=head)
+                running[i] = _attend_tile(running[i], scores[i], sums)
         before = [r[2] for r in running if r is not None]
     return [r for r in running if r is not None]
 
@@ -237,7 +234,8 @@ def _exact_part(snapshot: Snapshot, q: mx.array, visible: "_Visible", running: R
         keys = snapshot.exact_keys[:, :, a:b].astype(mx.float32)
         scores = mx.depends([q], [running[2]])[0] @ keys.swapaxes(-1, -2)
         scores = visible.hide(scores, part, a, b)
-        running = _attend_tile(running, scores, snapshot.exact_values[:, :, a:b].astype(mx.float32))
+        values = snapshot.exact_values[:, :, a:b].astype(mx.float32)
+        running = _attend_tile(running, scores, functools.partial(_times, values))
     return running
 
 
@@ -270,26 +268,17 @@ def _tile_tokens(snapshot: Snapshot, queries: mx.array, streams: int) -> int:
     return int(max(_tile_bytes(snapshot) // per_token // 64 * 64, 64))
 
 
-def _attend_tile(running: Running | None, scores: mx.array, values: mx.array, product: Product = mx.matmul) -> Running:
-    """Merge scores [B, H, R, t] and values [B, H, t, N] into (maximum, sum of weights, sum of weighted values)."""
+def _attend_tile(running: Running | None, scores: mx.array, product: Callable[[mx.array], mx.array]) -> Running:
+    """Merge scores [..., R, t] and the product of weights [..., R, t] with values into (maximum, sum of weights, sum of
+    weighted values)."""
     top = mx.maximum(scores.max(axis=-1, keepdims=True), LOWEST)
     weights = mx.exp(scores - top)
-    total, output = weights.sum(axis=-1, keepdims=True), product(weights, values)
+    total, output = weights.sum(axis=-1, keepdims=True), product(weights)
     return (top, total, output) if running is None else _merge(running, top, total, output)
 
 
-def _weighted(weights: mx.array, values: mx.array) -> mx.array:
-    """weights [B, R, t] @ values [B, t, N] of which a column's t numbers lie side by side.
-
-    The matrix product of MLX's CPU build then adds number by number; for few rows, adding runs of numbers takes half
-    as long.
-    """
-    rows, tokens = weights.shape[1:]
-    if rows > FEW_ROWS or tokens % LANES or mx.default_device() == mx.gpu:
-        return weights @ values
-    columns = mx.unflatten(values.swapaxes(-1, -2), -1, (LANES, -1))
-    of_row = mx.split(mx.unflatten(weights, -1, (LANES, -1)), rows, axis=1)
-    return mx.stack([(columns * w).sum(axis=-2) for w in of_row], axis=1).sum(axis=-1)
+def _times(values: mx.array, weights: mx.array) -> mx.array:
+    return weights @ values
 
 
 def _merge(running: Running, top: mx.array, total: mx.array, output: mx.array | None) -> Running:

@@ -67,8 +67,8 @@ def dequantize(codes: mx.array, bits: int) -> mx.array:
 def odd_level(codes: mx.array, bits: int, coefficients: Sequence[float]) -> mx.array:
     """sum_k c_k t^(2k+1) of t = (2 code + 1 - 2^bits) / 2^bits, float32.
 
-    MLX fuses chains of eleven operations, and counts two for each that takes two numbers: so the fewest of those, by
-    completing the square where that serves.
+    MLX fuses chains of eleven operations, and counts two for each that takes two numbers where it traces for any shape:
+    so the fewest of those, by completing the square where that serves.
     """
     u: mx.array = codes.astype(mx.float32) - (2**bits - 1) / 2  # t = u 2^(1-bits)
     c = [value * 2.0 ** ((1 - bits) * (2 * k + 1)) for k, value in enumerate(coefficients)]
@@ -108,14 +108,16 @@ def quantize(z: mx.array, bits: int) -> mx.array:
     return guess.astype(mx.uint32)
 
 
-def fused(function: Callable[..., Any]) -> Callable[..., Any]:
+def fused(function: Callable[..., Any], shapeless: bool = True) -> Callable[..., Any]:
     """`function` of arrays of any shape as one kernel on a CPU. It may take shapes from its arguments alone.
+
+    shapeless=False traces it for every shape anew, and keeps what it traced: twice as many operations make one kernel
+    then, but shapes must be few, and those of one function fewer, which MLX looks through at every call.
 
     On a GPU its operations stay apart: CUDA would compile every fused kernel anew in each process, for one to three
     seconds apiece, and a calibration or a prompt needs dozens; what must be fast there is in kernels/.
     """
-    # Shapeless, or every context length would be traced anew, and its trace kept.
-    compiled = mx.compile(function, shapeless=True)
+    compiled = mx.compile(function, shapeless=shapeless)
 
     @functools.wraps(function)
     def call(*arrays: mx.array) -> Any:

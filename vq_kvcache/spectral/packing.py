@@ -19,7 +19,7 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -27,13 +27,13 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from .bit_allocator import allocate
-from .codebook import COEFFICIENTS, MAX_BITS, dequantize, fused, levels
-from .trellis import COEFFICIENTS as RING_COEFFICIENTS
+from .codebook import MAX_BITS, dequantize, fused, levels
 from .trellis import dequantize_rings, is_ring, ring_constants, ring_levels, turn_rings
 
 WORD_BITS = 32
 # Codes of the first widths leave the most bits of a word over when alone, so they choose their company first.
 FILL_ORDER = (3, 5, 7, 6, 8, 4, 2, 1)
+FEW_TOKENS = 512  # of which all levels at once are small, and starting operations takes longer than running them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,34 +162,54 @@ class Layout:
         return mx.stack(levels, axis=1).reshape(*lead, self.heads, self.stored, tokens)
 
     def head_levels(self, words: mx.array, head: int) -> mx.array:
-        """Words [B, W, T] of all heads -> levels of a head's n stored coordinates, float32 [B, n, T], in an order of
-        their own: coordinate i of the storage order is row places(head)[i]."""
-        table = self._tables.of_head[head]
+        """Words [B, W, T] of all heads -> levels of a head's stored coordinates, float32 [B, n, T], in an order of
+        their own: coordinate i of the storage order is row places(head)[i], and some rows are none's."""
         batch, _, tokens = words.shape
-        if not table.runs:
-            return mx.zeros((batch, 0, tokens), mx.float32)
+        source, padded = self._of_head(words, head)
+        parts = [_by_batch(part, batch, padded) for part in self._tables.of_head[head].levels(source)]
+        return mx.concatenate([mx.zeros((batch, 0, padded)), *parts], axis=1)[..., :tokens]
+
+    def head_scores(self, queries: mx.array, words: mx.array, head: int) -> mx.array:
+        """Queries [B, R, n] @ `head_levels` -> [B, R, T], without holding all levels at once."""
+        batch, _, tokens = words.shape
+        source, padded = self._of_head(words, head)
+        product, start = mx.zeros((batch, queries.shape[1], padded)), 0
+        for part in self._tables.of_head[head].levels(source):
+            levels = _by_batch(part, batch, padded)
+            own = queries[..., start : start + levels.shape[1]]
+            product, start = mx.addmm(product, own, levels), start + levels.shape[1]
+        return product[..., :tokens]
+
+    def head_sums(self, weights: mx.array, words: mx.array, head: int) -> mx.array:
+        """Weights [B, R, T] @ the transpose of `head_levels` -> [B, R, n], without holding all levels at once; any
+        numbers for rows of none."""
+        batch, _, tokens = words.shape
+        if batch * tokens <= FEW_TOKENS:
+            return weights @ self.head_levels(words, head).swapaxes(-1, -2)
+        source, padded = self._of_head(words, head)
+        if padded > tokens:
+            weights = mx.pad(weights, [(0, 0), (0, 0), (0, padded - tokens)])
+        table = self._tables.of_head[head]
+        sums = [weights @ part.reshape(batch, padded, part.shape[-1]) for part in table.token_levels(source)]
+        sums += [weights @ _by_batch(part, batch, padded).swapaxes(-1, -2) for part in table.plain_levels(source)]
+        return mx.take(mx.concatenate(sums, axis=-1), table.columns, axis=-1) if sums else weights[..., :0]
+
+    def _of_head(self, words: mx.array, head: int) -> tuple[mx.array, int]:
+        """Words [B, W, T] of all heads -> those of one, [W, B * t], and t, from T to an eighth more: kernels are traced
+        anew for every shape, so these must stay few."""
         own = words[:, self.first_words[head] : self.first_words[head + 1]]
         # Rows outermost, so that those of one kind are one block of memory, which a fused kernel runs through fastest.
-        source = own.swapaxes(0, 1).reshape(own.shape[1], batch * tokens)
-        if table.rings:
-            source = mx.concatenate([source, *turn_rings(mx.take(source, table.ring_words, axis=0), *table.rings)])
-        fields = mx.right_shift(mx.take(source, table.rows, axis=0).view(mx.int32), table.shifts)
-        masked = fields[table.long :] & table.masks if table.masks.size else fields
-        parts = [
-            _levels(r.width, r.ring)(masked[r.start - table.long : r.end - table.long])
-            if r.long
-            else _levels(r.width, r.ring)(fields[r.start : r.end])
-            for r in table.runs
-        ]
-        levels = parts[0] if len(parts) == 1 else mx.concatenate(parts)
-        return levels.reshape(levels.shape[0], batch, tokens).swapaxes(0, 1)
+        own = own.swapaxes(0, 1)
+        if added := -own.shape[2] % (1 << max(own.shape[2].bit_length() - 4, 0)):
+            own = mx.pad(own, [(0, 0), (0, 0), (0, added)])
+        return own.reshape(own.shape[0], own.shape[1] * own.shape[2]), own.shape[2]
 
     def places(self, head: int) -> mx.array:
         """Where `head_levels` puts each coordinate of the storage order, [n]."""
         return self._tables.of_head[head].places
 
     def coordinates(self, head: int) -> mx.array:
-        """The coordinate of each row of `head_levels`, [n]: the inverse of `places`."""
+        """The coordinate of each row of `head_levels`, [n]; for rows of none, how many there are."""
         return self._tables.of_head[head].coordinates
 
     @property
@@ -240,83 +260,133 @@ class _Tables:
         return own + [a for table in self.of_head for a in table.arrays]
 
 
-class _Run(NamedTuple):
-    """Rows start..end of fields of one kind."""
+class _Rings(NamedTuple):
+    """A head's rings of one width and as many pairs of slots: rows start..end; `shifts` uint32 [pairs, 1, 1]."""
 
-    long: bool
     width: int
-    ring: bool
     start: int
     end: int
+    shifts: mx.array
 
+    def levels(self, turned: mx.array) -> mx.array:
+        """Turned rings of all kinds -> levels [2, pairs, R, T]."""
+        fields = mx.right_shift(turned[:, :, self.start : self.end], self.shifts)
+        return _levels(self.width, True, fields.shape[-1])(fields)
 
-class _Field(NamedTuple):
-    """Where a stored coordinate's field is, and how far to shift it; sorted, those of one kind are neighbours."""
-
-    long: bool
-    width: int
-    ring: bool
-    row: int
-    shift: int
-    position: int
+    def token_levels(self, turned: mx.array) -> mx.array:
+        """Turned rings of all kinds -> levels [T, n], four slots of a ring side by side: the matrix product of MLX's
+        CPU build adds numbers that lie so two times as fast, and turning bytes is cheaper than turning levels."""
+        even, odd = mx.right_shift(turned[:, :, self.start : self.end], self.shifts[::2])
+        tokens = turned.shape[-1]
+        words = _spread(self.width, tokens)(even, odd).flatten(0, 1)
+        slots = mx.contiguous(words.swapaxes(0, 1)).view(mx.uint8)  # the lowest byte first
+        return _levels(self.width, True, tokens)(slots)
 
 
 @dataclasses.dataclass(frozen=True)
 class _HeadTable:
-    """The fields of one head, those of one kind side by side. A field's row is one of the head's words, or of the
-    turned rings that follow them, the even slots of all rings and then the odd ones.
+    """The fields of one head: those of rings, and those of codes that stand alone.
 
-    ring_words, rings: what `turn_rings` takes.  long: the first row whose polynomial fuses with no mask before it, and
-    masks of the rows from there on.
+    ring_words, ring_constants: of each ring.  rows, shifts: of codes that stand alone; runs: their width, first and end
+    for each width.  columns: where `head_sums` finds each row of `head_levels`; 0 for rows of none.
     """
 
+    rings: list[_Rings]
+    ring_constants: list[mx.array]
+    runs: list[tuple[int, int, int]]
+    ring_words: mx.array
     rows: mx.array
     shifts: mx.array
-    runs: list[_Run]
-    long: int
-    masks: mx.array
-    ring_words: mx.array
-    rings: tuple[mx.array, ...]
     places: mx.array
     coordinates: mx.array
+    columns: mx.array
 
     @property
     def arrays(self) -> list[mx.array]:
         """All of them."""
-        return [self.rows, self.shifts, self.masks, self.ring_words, *self.rings, self.places, self.coordinates]
+        own = [a for a in vars(self).values() if isinstance(a, mx.array)]
+        return own + self.ring_constants + [r.shifts for r in self.rings]
+
+    def levels(self, source: mx.array) -> Iterator[mx.array]:
+        """Words [W, T] -> levels [..., T], one kind after the other."""
+        if self.rings:
+            turned = self._turned(source)
+            yield from (rings.levels(turned) for rings in self.rings)
+        yield from self.plain_levels(source)
+
+    def token_levels(self, source: mx.array) -> Iterator[mx.array]:
+        """Words [W, T] -> levels of rings, [T, n], one kind after the other."""
+        if self.rings:
+            turned = self._turned(source)
+            yield from (rings.token_levels(turned) for rings in self.rings)
+
+    def _turned(self, source: mx.array) -> mx.array:
+        return turn_rings(source.shape[1])(mx.take(source, self.ring_words, axis=0), *self.ring_constants)
+
+    def plain_levels(self, source: mx.array) -> Iterator[mx.array]:
+        """Words [W, T] -> levels [n, T] of codes that stand alone, of one width after the other."""
+        if self.runs:
+            fields = mx.right_shift(mx.take(source, self.rows, axis=0), self.shifts)
+            tokens = fields.shape[1]
+            parts = [_levels(width, False, tokens)(fields[start:end]) for width, start, end in self.runs]
+            yield _joined(parts)
 
     @classmethod
     def of(cls, layout: "Layout", head: int) -> "_HeadTable":
         """The table of a head of a layout whose segments are known."""
         segments = layout.segments[head]
-        coded = [s for s in segments if layout.in_rings(s)]
-        words, count, rings = sum(s.words for s in segments if s.shift == 0), sum(s.words for s in coded), 0
-        fields: list[_Field] = []
-        for s in segments:
-            ring = s in coded
-            for i in range(s.count):
-                slot, w = divmod(i, s.words)
-                row = words + slot % 2 * count + rings + w if ring else s.first_word + w
-                shift = slot // 2 * 2 * s.width if ring else s.shift + slot * s.width
-                fields.append(_Field(_is_long(s.width, ring), s.width, ring, row, shift, s.first + i))
-            rings += s.words if ring else 0
-        fields.sort()
-        runs: list[_Run] = []
-        for kind, same in itertools.groupby(fields, key=lambda f: (f.long, f.width, f.ring)):
-            start = runs[-1].end if runs else 0
-            runs.append(_Run(*kind, start=start, end=start + len(list(same))))
-        coordinates = np.array([f.position for f in fields], dtype=np.uint32)
+        coded = sorted(filter(layout.in_rings, segments), key=_kind)
+        words = [(s, w) for s in coded for w in range(s.words)]
+        rings: list[_Rings] = []
+        rows: list[int] = []  # the coordinate of each, -1 for none
+        columns: list[int] = []
+        for (width, pairs), same in itertools.groupby(words, key=lambda word: _kind(word[0])):
+            own, start = list(same), rings[-1].end if rings else 0
+            rows += [_coordinate(s, k, w) for odd in (0, 1) for k in range(odd, 2 * pairs, 2) for s, w in own]
+            columns += [_coordinate(s, k + i, w) for k in range(0, 2 * pairs, 4) for s, w in own for i in range(4)]
+            shifts = _column(range(0, 2 * width * pairs, 2 * width))[:, None]
+            rings.append(_Rings(width, start, start + len(own), shifts))
+        others = sorted((s for s in segments if not layout.in_rings(s)), key=_kind)
+        alone = [(s, slot, w) for s in others for slot in range(s.slots) for w in range(s.words)]
+        rows += [_coordinate(*field) for field in alone]
+        columns += [_coordinate(*field) for field in alone]
+        widths = [s.width for s, _, _ in alone]
+        runs = [(b, widths.index(b), widths.index(b) + widths.count(b)) for b in sorted(set(widths))]
+        places = {coordinate: row for row, coordinate in enumerate(rows)}
+        column_of = {coordinate: column for column, coordinate in enumerate(columns)}
+        stored = len(layout.order[head])
         return cls(
-            _indices([f.row for f in fields]),
-            _column([f.shift for f in fields]).astype(mx.int32),
+            rings,
+            ring_constants([(s.shift, s.width, s.slots) for s, _ in words]) if words else [],
             runs,
-            sum(not f.long for f in fields),
-            _column([2 ** (f.width + f.ring) - 1 for f in fields if f.long]).astype(mx.int32),
-            _indices([s.first_word + w for s in coded for w in range(s.words)]),
-            ring_constants([(s.shift, s.width, s.slots) for s in coded for _ in range(s.words)]),
-            _indices(np.argsort(coordinates)),
-            _indices(coordinates),
+            _indices([s.first_word + w for s, w in words]),
+            _indices([s.first_word + w for s, _, w in alone]),
+            _column([s.shift + slot * s.width for s, slot, _ in alone]),
+            _indices([places[i] for i in range(stored)]),
+            _indices([i if i >= 0 else stored for i in rows]),
+            _indices([column_of[i] if i >= 0 else 0 for i in rows]),
         )
+
+
+def _coordinate(segment: Segment, slot: int, word: int) -> int:
+    """In storage order; -1 where a segment has no such slot."""
+    return segment.first + slot * segment.words + word if slot < segment.slots else -1
+
+
+def _by_batch(levels: mx.array, batch: int, tokens: int) -> mx.array:
+    """Levels [..., B * T] -> [B, n, T]."""
+    rows = math.prod(levels.shape[:-1])
+    if batch == 1:
+        return levels.reshape(1, rows, tokens)
+    return levels.reshape(rows, batch, tokens).swapaxes(0, 1)
+
+
+def _joined(parts: list[mx.array]) -> mx.array:
+    return mx.concatenate(parts) if len(parts) > 1 else parts[0]
+
+
+def _kind(segment: Segment) -> tuple[int, int]:
+    return segment.width, -(-segment.slots // 2)
 
 
 class _Row(NamedTuple):
@@ -357,8 +427,8 @@ def _indices(numbers: ArrayLike) -> mx.array:
     return mx.array(array.astype(np.uint16) if array.max(initial=0) < 2**16 else array)
 
 
-def _column(numbers: Sequence[int]) -> mx.array:
-    return mx.array(list(numbers), mx.uint32).reshape(len(numbers), 1)
+def _column(numbers: Iterable[int]) -> mx.array:
+    return mx.array(list(numbers), mx.uint32).reshape(-1, 1)
 
 
 def _count(widths: NDArray[np.int64]) -> list[int]:
@@ -390,23 +460,32 @@ def _storage_order(widths: NDArray[np.int64], segments: list[Segment]) -> list[i
     return order
 
 
-def _is_long(width: int, ring: bool) -> bool:
-    """Whether levels of this kind take more operations than MLX fuses with a mask before them."""
-    return len((RING_COEFFICIENTS if ring else COEFFICIENTS)[width]) > 2
+@functools.cache
+def _levels(width: int, ring: bool, tokens: int) -> Callable[[mx.array], mx.array]:
+    """Mask and polynomial fused into one kernel for each kind, of fields of so many tokens; a code in a ring has a bit
+    more, see `turn_rings`."""
+
+    def decode(fields: mx.array) -> mx.array:
+        # SSE2 converts no unsigned numbers.
+        codes = (fields & (2 ** (width + ring) - 1)).astype(mx.int32)
+        return dequantize_rings(codes, width) if ring else dequantize(codes, width)
+
+    return fused(decode, shapeless=False)
 
 
 @functools.cache
-def _levels(width: int, ring: bool) -> Callable[[mx.array], mx.array]:
-    """Mask, unless the fields are masked, and polynomial fused into one kernel for each kind; a code in a ring has a
-    bit more, see `turn_rings`."""
-    mask = -1 if _is_long(width, ring) else 2 ** (width + ring) - 1
+def _spread(width: int, tokens: int) -> Callable[[mx.array, mx.array], mx.array]:
+    """The j of two even and of two odd slots in the lowest bits of words, of so many tokens -> in the bytes of a
+    word."""
+    mask, second = 2 ** (width + 1) - 1, 2 * width
 
-    @fused
-    def decode(fields: mx.array) -> mx.array:
-        codes = fields if mask < 0 else fields & mask
-        return dequantize_rings(codes, width) if ring else dequantize(codes, width)
+    def spread(even: mx.array, odd: mx.array) -> mx.array:
+        low = (even & mask) | mx.left_shift(odd & mask, 8)
+        high = mx.right_shift(even, second) & mask, mx.right_shift(odd, second) & mask
+        result: mx.array = low | (mx.left_shift(high[0], 16) | mx.left_shift(high[1], 24))
+        return result
 
-    return decode
+    return fused(spread, shapeless=False)
 
 
 def pack_reference(codes: Sequence[Sequence[int]], layout: Layout) -> NDArray[np.uint32]:

@@ -280,10 +280,18 @@ class SpectralQuantizer:
         """Words [B, W, T] of all heads -> levels of one, float32 [B, n, T], in the order of `sorted_queries`."""
         return self.layout.head_levels(words, head)
 
+    def head_scores(self, queries: mx.array, words: mx.array, head: int) -> mx.array:
+        """`sorted_queries` [B, R, n] times the levels of a head's words -> [B, R, T]."""
+        return self.layout.head_scores(queries, words, head)
+
+    def head_sums(self, weights: mx.array, words: mx.array, head: int) -> mx.array:
+        """The levels of a head's words, weighted by [B, R, T] and summed -> [B, R, n], for `stored_outputs`."""
+        return self.layout.head_sums(weights, words, head)
+
     def sorted_queries(self, folded: mx.array, head: int) -> mx.array:
         """Folded queries [B, H, R, N] -> those of one head, [B, R, n], coordinates as `decode_head` orders them."""
-        own = folded[:, head]
-        return mx.take(own, self.layout.coordinates(head), axis=-1) if self.layout.order[head] else own[..., :0]
+        own = mx.pad(folded[:, head, :, : len(self.layout.order[head])], [(0, 0), (0, 0), (0, 1)])
+        return mx.take(own, self.layout.coordinates(head), axis=-1)
 
     def stored_outputs(self, outputs: mx.array, head: int) -> mx.array:
         """Sums [B, R, n] over what `decode_head` gives -> [B, R, N] in storage order."""
@@ -346,6 +354,14 @@ class RawQuantizer:
         n = self._words_per_head
         numbers = mx.contiguous(words[:, head * n : (head + 1) * n].swapaxes(-1, -2)).view(self._dtype)
         return numbers[..., : self.head_dim].astype(mx.float32).swapaxes(-1, -2)
+
+    def head_scores(self, queries: mx.array, words: mx.array, head: int) -> mx.array:
+        """Queries [B, R, D] times the numbers of one head -> [B, R, T]."""
+        return queries @ self.decode_head(words, head)
+
+    def head_sums(self, weights: mx.array, words: mx.array, head: int) -> mx.array:
+        """The numbers of one head, weighted by [B, R, T] and summed -> [B, R, D]."""
+        return weights @ self.decode_head(words, head).swapaxes(-1, -2)
 
     def sorted_queries(self, folded: mx.array, head: int) -> mx.array:
         """Those of one head."""

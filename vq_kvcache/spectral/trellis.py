@@ -57,40 +57,41 @@ def dequantize_rings(j: mx.array, width: int) -> mx.array:
     return odd_level(j, width + 1, COEFFICIENTS[width])
 
 
-def ring_constants(rings: Sequence[tuple[int, int, int]]) -> tuple[mx.array, ...]:
-    """What `turn_rings` needs of R rings (shift, width, slots), each uint32 [R, 1]; nothing for none."""
-    if not rings:
-        return ()
-    shift, width, slots = np.array(rings, dtype=np.uint64).T[:, :, None]
-    mask = (np.uint64(1) << width * slots) - np.uint64(1)
-    low = mask // ((np.uint64(1) << width) - np.uint64(1))  # 1 in the lowest bit of each slot
-    pairs = (slots + np.uint64(1)) // np.uint64(2)
-    even = ((np.uint64(1) << 2 * width * pairs) - np.uint64(1)) // ((np.uint64(1) << width) + np.uint64(1))
-    return tuple(mx.array(a.astype(np.uint32)) for a in (shift, width, width * slots, mask, low, even))
+def ring_constants(rings: Sequence[tuple[int, int, int]]) -> list[mx.array]:
+    """What `turn_rings` wants to know of R rings (first bit, width, slots), uint32 [R, 1] each."""
+    rows = [
+        (shift, width, (1 << width * slots) - 1, (slots - 2) * width, _every(width, 1), _every(2 * width, width))
+        for shift, width, slots in rings
+    ]
+    return [mx.array(list(column), mx.uint32)[:, None] for column in zip(*rows, strict=True)]
 
 
-@fused
-def turn_rings(
-    words: mx.array,
-    shift: mx.array,
-    width: mx.array,
-    whole: mx.array,
-    mask: mx.array,
-    low: mx.array,
-    even: mx.array,
-) -> tuple[mx.array, mx.array]:
-    """Words [R, T] with one ring each -> the j of its even slots and of its odd slots, uint32 [R, T] each.
+def _every(step: int, bits: int) -> int:
+    """A word whose lowest `bits` of every `step` are set."""
+    return sum(((1 << bits) - 1) << k for k in range(0, 32, step)) & (2**32 - 1)
 
-    j has a bit more than a code, so the j of slot k begins at bit 2 (k // 2) width. The rest are `ring_constants`.
+
+@functools.cache
+def turn_rings(tokens: int) -> Callable[..., mx.array]:
+    """A function of words [R, tokens] with one ring each, and their `ring_constants`, that gives the j of their even
+    and of their odd slots, uint32 [2, 1, R, tokens].
+
+    j has a bit more than a code, so the j of slot k begins at bit 2 (k // 2) width. Beyond a ring's slots lie any bits.
     """
-    fields = mx.right_shift(words, shift) & mask
-    one = mx.left_shift(fields, width) | mx.right_shift(fields, whole - width)
-    two = mx.left_shift(fields, width + width) | mx.right_shift(fields, whole - (width + width))
-    turned, lows = fields ^ (two & low), one & low
-    return (
-        mx.left_shift(turned & even, 1) | (lows & even),
-        mx.left_shift(mx.right_shift(turned, width) & even, 1) | (mx.right_shift(lows, width) & even),
-    )
+
+    def turn(
+        words: mx.array, shift: mx.array, width: mx.array, mask: mx.array, back: mx.array, low: mx.array, even: mx.array
+    ) -> mx.array:
+        fields = mx.right_shift(words, shift) & mask
+        last = mx.right_shift(fields, back)  # two slots, which come before the first
+        lows = (mx.left_shift(fields, width) | mx.right_shift(last, width)) & low
+        turned = fields ^ ((mx.left_shift(fields, width + width) | last) & low)
+        return mx.stack([
+            mx.left_shift(turned & even, 1) | (lows & even),
+            mx.left_shift(mx.right_shift(turned, width) & even, 1) | (mx.right_shift(lows, width) & even),
+        ])[:, None]  # fmt: skip
+
+    return fused(turn, shapeless=False)
 
 
 def quantize_rings(z: mx.array, width: int) -> mx.array:
