@@ -142,7 +142,7 @@ def test_shared_memory_is_shared_out(bits, dims, expected):
     made = columns.every_head(keys, values)
     most, warps, groups, _ = columns.chosen(keys, values)
     numbers = max(len(made[0][h].numbers) + len(made[1][h].numbers) for h in (0, 1))
-    words = columns.most_words(keys) + columns.most_words(values)
+    words = launches.head_words(keys, values)
     needed = columns.least_bytes(most, dims, words, numbers, warps)
     assert (warps, groups) == expected
     assert needed <= columns.shared_bytes(groups)

@@ -333,17 +333,16 @@ VQ_FN void vq_attend_columns_packed(VQ_IN(vq_half) folded_in, VQ_IN(float) mean_
   if (worker < 16) chunks[worker] = worker < 2 * count ? params[VQ_CHUNK_TABLE + worker] : 0;
   for (int k = worker; k < VQ_LOOKUP; k += THREADS) lookup[k] = lookup_in[k];
   VQ_SYNC_GROUP();
+  const int value_list = key_entry[1], value_words = key_entry[2] * VQ_COLUMN_TOKENS;  // where they begin
   for (int part = 0; part < 2; ++part) {
     VQ_SHARED(const int) entry = part ? value_entry : key_entry;
-    for (int k = worker; k < entry[1]; k += THREADS) lists[(part ? key_entry[1] : 0) + k] = table[entry[0] + k];
+    for (int k = worker; k < entry[1]; k += THREADS) lists[(part ? value_list : 0) + k] = table[entry[0] + k];
   }
   const int own = (at.batch * heads + at.head) * vq_query_tiles(params) + query_tile;
   for (int k = worker; k < VQ_QUERIES * MC; k += THREADS)
     folded[k / MC * QUERY_STRIDE + k % MC] = folded_in[own * VQ_QUERIES * MC + k];
   if (worker < VQ_QUERIES) shared[worker] = mean_in[own * VQ_QUERIES + worker];
-  const int value_words = key_entry[2] * VQ_COLUMN_TOKENS;  // where they begin
   const int warp_floats = Space::staged + value_words + value_entry[2] * VQ_COLUMN_TOKENS;
-  const int value_list = key_entry[1];
   VQ_SHARED(float) warps = shared + Space::lists + value_list + value_entry[1];
   VQ_SHARED(vq_half) tile = (VQ_SHARED(vq_half))(warps + at.warp * warp_floats);
   VQ_SHARED(uint) staged = (VQ_SHARED(uint))tile + Space::staged;

@@ -17,7 +17,7 @@ from ..spectral import codebook, trellis
 from ..spectral.packing import Layout, Segment
 from ..spectral.spectral_quant import SpectralQuantizer
 from . import COLUMNS, FOLD, GROUP_BYTES, MOST_GROUPS, MOST_THREADS, SHARED_BYTES, Launch
-from .launches import HEAD_INTS, evaluated
+from .launches import HEAD_INTS, evaluated, head_words
 
 if TYPE_CHECKING:
     from .steps import Operands, Plan
@@ -190,12 +190,6 @@ def lookup() -> mx.array:
     return evaluated(mx.array(table.view(np.int32)))
 
 
-def most_words(quantizer: SpectralQuantizer) -> int:
-    """Words of the head that has the most."""
-    first = quantizer.layout.first_words
-    return max(b - a for a, b in itertools.pairwise(first))
-
-
 def least_bytes(most: int, key_dims: int, words: int, numbers: int, warps: int) -> int:
     """Shared memory that a thread group needs, see VqColumnSpace in columns.h. words, numbers: of the words of a head's
     keys and values, and of their lists."""
@@ -222,7 +216,7 @@ def chosen(keys: SpectralQuantizer, values: SpectralQuantizer) -> tuple[int, int
     """(MC, warps of a thread group, groups of a multiprocessor, table), or None when these codes do not fit."""
     made = every_head(keys, values)
     dims = keys.synthesis.shape[-1], values.synthesis.shape[-1]
-    words = most_words(keys) + most_words(values)
+    words = head_words(keys, values)
     numbers = max(len(own.numbers) + len(other.numbers) for own, other in zip(*made, strict=True))
     for spare in SPARE:
         most = max(dims) + spare + 8
