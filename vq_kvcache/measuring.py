@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import mlx.core as mx
 import numpy as np
-from mlx_lm.generate import generation_stream, maybe_quantize_kv_cache
+from mlx_lm.generate import maybe_quantize_kv_cache
 from mlx_lm.models.cache import QuantizedKVCache
 from numpy.typing import NDArray
 
@@ -245,10 +245,9 @@ def continuation(
 
 
 def active_bytes() -> int:
-    """Bytes MLX holds now, free buffers given back. mlx-lm leaves a step under way when a loop over its tokens ends."""
+    """Bytes MLX holds now, free buffers given back."""
     gc.collect()
     mx.synchronize()
-    mx.synchronize(generation_stream)
     mx.clear_cache()
     return int(mx.get_active_memory())
 
