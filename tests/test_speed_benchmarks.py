@@ -97,22 +97,27 @@ def test_a_seal_is_felt_where_it_appears_and_in_the_two_intervals_behind():
 
 
 # Of a process of its own: what earlier tests left is given back at any time, and would be missed in the bytes.
-DECODED = """
+APART = """
 import json, mlx.core as mx, speed, test_speed_benchmarks as tests
 mx.set_cache_limit(0)
 model, plan = tests.random_model(tests.CONFIG)[0], speed.random_plan(tests.CONFIG, 2.0)
 with tests.intercept.dispatching():
     for kind, own in (("spectral 2", plan), ("KVCache", None)):
-        print(json.dumps(speed.decode_kind(model, tests.CONFIG, kind, own, tests.TOKENS, 1, 2 * tests.BLOCK)))
+        print(json.dumps(CALL))
 """
 
 
-def test_decode_steps_seal_once_a_block_and_hold_what_they_say():
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+def apart(call):
+    """What a spectral cache gives, and mlx-lm's."""
+    environment, code = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}, APART.replace("CALL", call)
     told = subprocess.run(
-        [sys.executable, "-c", DECODED], env=environment, check=True, capture_output=True, text=True, timeout=300
+        [sys.executable, "-c", code], env=environment, check=True, capture_output=True, text=True, timeout=300
     )
-    row, own = map(json.loads, told.stdout.splitlines())
+    return map(json.loads, told.stdout.splitlines())
+
+
+def test_decode_steps_seal_once_a_block_and_hold_what_they_say():
+    row, own = apart("speed.decode_kind(model, tests.CONFIG, kind, own, tests.TOKENS, 1, 2 * tests.BLOCK)")
     assert row["seals"] == 2
     assert own["seals"] == 0
     for told in (row, own):
@@ -124,10 +129,8 @@ def test_decode_steps_seal_once_a_block_and_hold_what_they_say():
     assert row["nbytes"] < own["nbytes"]
 
 
-def test_a_prompt_is_read_in_pieces_and_held_as_nbytes_and_codec(small, plan, exact_buffers):
-    with intercept.dispatching():
-        row = speed.prefill_kind(small, CONFIG, "spectral 2", plan, 300, piece=128)
-        own = speed.prefill_kind(small, CONFIG, "KVCache", None, 300, piece=128)
+def test_a_prompt_is_read_in_pieces_and_held_as_nbytes_and_codec():
+    row, own = apart("speed.prefill_kind(model, tests.CONFIG, kind, own, 300, piece=128)")
     for told in (row, own):
         assert len(told["ends_s"]) == 3
         assert told["seconds"] == told["ends_s"][-1] > told["ends_s"][0] > 0
