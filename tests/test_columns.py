@@ -32,19 +32,20 @@ def test_every_stored_coordinate_has_one_column():
 
 def tasks_of(numbers):
     """Read a head's list as lookup.h does: (kind, numbers of a task, its columns) of each task."""
-    column, (alone, tail) = 0, numbers[8:10]
+    column, alone, tail = 0, numbers[2] & 0xFFFF, numbers[2] >> 16
     at = columns.LIST_HEADER
-    for kind, end in zip(columns.KINDS, numbers, strict=False):
-        while 4 * at < end:
+    counts = [n >> 8 * i & 255 for n in numbers[:2] for i in range(4)]
+    for kind, count in zip(columns.KINDS, counts, strict=True):
+        for _ in range(count):
             if kind is None:
                 yield kind, numbers[at : at + 16], range(alone, alone + 8)
                 at, alone = at + 16, alone + 8
                 continue
             width, half = kind
             eights, pairs = columns.RING_SLOTS[width], columns.RING_PAIRS.get(width, [])
-            count = len(eights) // 2 if half else len(eights)
-            yield kind, numbers[at : at + 4], [*range(column, column + count), *range(tail, tail + len(pairs))]
-            at, column, tail = at + 4, column + count, tail + len(pairs)
+            own = len(eights) // 2 if half else len(eights)
+            yield kind, numbers[at : at + 4], [*range(column, column + own), *range(tail, tail + len(pairs))]
+            at, column, tail = at + 4, column + own, tail + len(pairs)
     assert numbers[at:] == (0, 0, 0, 0)  # what is read ahead of the last
 
 
@@ -62,7 +63,8 @@ def test_columns_hold_the_slots_that_the_kernel_writes_there():
             for kind, task, own in tasks_of(found.numbers):
                 if kind is None:
                     told = zip(task[::2], task[1::2], strict=True)
-                    codes = [(n >> 12, ((n & 31) + 1) % 32, first.bit_length() - 2) for n, first in told]
+                    codes = [(n >> 12, ((n & 31) + 1) % 32, mask.bit_length() - 1) for n, mask in told]
+                    assert list(task[1::2]) == [2 ** (width + 1) - 2 for _, _, width in codes]
                 else:
                     width, half = kind
                     n, to_one, mask, to_two = task
@@ -74,9 +76,9 @@ def test_columns_hold_the_slots_that_the_kernel_writes_there():
                     codes = [(n >> 12, (n & 31) + slot * width, width) if slot < slots else None for slot in places]
                 written |= dict(zip(own, codes, strict=True))
             for ring, coordinates in enumerate(found.whole):
-                word = found.numbers[11] + ring
+                word = (found.numbers[3] >> 16) + ring
                 assert [place[n] for n in coordinates] == [(word, slot, 1) for slot in range(32)]
-            assert len(found.whole) == found.numbers[10]
+            assert len(found.whole) == found.numbers[3] & 0xFFFF
             assert sorted(written) == list(range(found.written))
             assert [written[c] for c, n in enumerate(found.order) if n >= 0] == [
                 place[n] for n in found.order if n >= 0
@@ -100,9 +102,8 @@ def test_looked_up_levels_are_those_of_the_codebooks():
 def test_layouts_with_too_many_columns_go_another_way():
     keys, values = (doctor.quantizer(64, 2, 3.0, seed) for seed in (0, 1))
     made = columns.every_head(keys, values)
-    most, warps, groups, table = columns.chosen(keys, values)
-    assert np.array_equal(columns.column_table(keys, values, made, most), table)
-    assert (warps, groups) == (8, 2)
+    found = columns.chosen(keys, values)
+    assert np.array_equal(columns.column_table(keys, values, made, found.most), found.table)
     assert columns.column_table(keys, values, made, 48) is None
     case = doctor.Case(bits=3.0)
     held = doctor.snapshot(case)
@@ -112,16 +113,27 @@ def test_layouts_with_too_many_columns_go_another_way():
         assert bool(plan.shape.columns) == taken
 
 
-def test_groups_fill_the_machine():
-    """Two on each multiprocessor where there are tokens enough, exact tokens included while they are few."""
-    shape = steps.Shape("cuda", mx.float16, 1, 8, 4, 1, 128, 128, 176, (0, 0, 8, 0), 2)
-    rows = doctor.rows_of((4,), (4,), 208, (131072,))
-    plan, params, _ = steps._numbers(shape, rows, 256, ((131072, 131072),), (0, 0, 0, 0, 0), False)
-    assert 0.9 * 2 * 132 <= plan.splits * shape.planes <= 1.1 * 2 * 132
+@pytest.mark.parametrize(
+    ("planes", "packed", "exact", "splits", "groups"),
+    [
+        (8, 131072, 4, 32, 33),  # one group of exact tokens for each head, or there were too many
+        (8, 8192, 4, 26, 30),  # all of them, which take as long as a tile
+        (64, 32768, 4, 4, 8),  # as many as there are, after the others
+        (8, 131072, 0, 32, 32),
+        (400, 1000, 4, 1, 5),
+    ],
+)
+def test_groups_fill_the_machine(planes, packed, exact, splits, groups):
+    """Two on each multiprocessor where there are tokens enough; those of exact tokens take no room from others."""
+    shape = steps.Shape("cuda", mx.float16, planes // 4, 4, 4, 1, 128, 128, 160, (120, 0, 10, 0), 2)
+    rows = doctor.rows_of((0,) * (planes // 4), (0,) * (planes // 4), 64 * exact, (packed,) * (planes // 4))
+    plan, params, _ = steps._numbers(shape, rows, 256, ((packed, packed),), (0, 0, 0, 0, 0), False)
     numbers = np.array(params)
-    assert numbers[4] == 4  # 208 exact tokens
-    assert numbers[8] == 128  # tiles of a split: with room left for the exact tokens it were 144
-    assert (numbers[5] - 1) * numbers[8] < 131072 // columns.TOKENS <= numbers[5] * numbers[8]
+    assert (plan.splits, plan.groups) == (exact + splits, groups)
+    assert numbers[4] == exact
+    assert numbers[16] == groups - splits
+    assert (numbers[5] - 1) * numbers[8] < -(-packed // columns.TOKENS) <= numbers[5] * numbers[8]
+    assert numbers[8] % 10 == 0  # warps have as many tiles each
 
 
 def test_rings_that_fill_words_lie_behind_all_that_is_multiplied_with_a_tile():
@@ -134,20 +146,23 @@ def test_rings_that_fill_words_lie_behind_all_that_is_multiplied_with_a_tile():
 
 
 @pytest.mark.parametrize(
-    ("bits", "dims", "expected"), [(1.0, 128, (8, 2)), (3.0, 128, (8, 2)), (6.0, 128, (6, 2)), (7.5, 256, (6, 1))]
-)
+    ("bits", "dims", "expected"),
+    [(1.0, 128, (88, 10, 2)), (2.0, 128, (120, 10, 2)), (3.0, 128, (152, 8, 2)), (6.0, 128, (168, 6, 2)),
+     (1.0, 256, (88, 8, 2)), (7.5, 256, (280, 6, 1))],
+)  # fmt: skip
 def test_shared_memory_is_shared_out(bits, dims, expected):
     """All groups fit a multiprocessor, and each has what it needs; fewer warps where words or columns are many."""
     keys, values = (doctor.quantizer(dims, 2, bits, seed) for seed in (0, 1))
     made = columns.every_head(keys, values)
-    most, warps, groups, _ = columns.chosen(keys, values)
+    most, row, warps, groups, _ = columns.chosen(keys, values)
     numbers = max(len(made[0][h].numbers) + len(made[1][h].numbers) for h in (0, 1))
     words = launches.head_words(keys, values)
-    needed = columns.least_bytes(most, dims, words, numbers, warps)
-    assert (warps, groups) == expected
+    needed = columns.least_bytes(most, row, dims, words, numbers, warps)
+    assert (row, warps, groups) == expected
+    assert all(own.written <= row <= most - 8 for part in made for own in part)
     assert needed <= columns.shared_bytes(groups)
     assert groups * (columns.shared_bytes(groups) + kernels.GROUP_BYTES) <= kernels.SHARED_BYTES
-    assert 32 * warps * groups <= kernels.MOST_THREADS
+    assert warps * groups <= (columns.NARROW_WARPS if most <= columns.NARROW else columns.WIDE_WARPS)
 
 
 def test_a_step_of_many_layers_is_planned_once(monkeypatch):

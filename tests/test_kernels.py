@@ -95,6 +95,19 @@ def test_a_tile_may_hold_a_part_of_the_dims(monkeypatch):
     assert [plan.shape.group[:3] for plan in plans] == [(64, 32, 1)]
 
 
+@pytest.mark.parametrize("mask", ["none", "added"])
+def test_a_group_may_take_several_splits_of_exact_tokens(mask, monkeypatch):
+    monkeypatch.setattr(steps, "_split", lambda exact, fewest, work, room, most: (2 if fewest == 1 else exact, 1))
+    steps._numbers.cache_clear()
+    case = doctor.Case(96, 64, bits=3.25, batch=2, mask=mask, tokens=600, window=300)
+    held = doctor.snapshot(case)
+    plan, _ = steps.step(held, mx.zeros((2, 8, 1, 96), mx.float16), 1.0, None, None, PLACE)
+    assert plan.groups < plan.splits or not plan.shape.columns
+    error, own = doctor.compare(case, PLACE, run)
+    steps._numbers.cache_clear()
+    assert error <= doctor.allowed(case, own)
+
+
 def test_a_back_end_that_is_not_here_is_refused(monkeypatch):
     other = "cuda" if kernels.backend() == "metal" else "metal"
     monkeypatch.setenv(kernels.VARIABLE, other)

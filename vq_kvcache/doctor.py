@@ -43,10 +43,13 @@ class Case:
     sinks: bool = False
     batch: int = 1
     tokens: int = 400
+    window: int = 56
+    sharpness: float = 1.0
 
     def __str__(self) -> str:
         dims = f"{self.key_dims}" if self.key_dims == self.value_dims else f"{self.key_dims}/{self.value_dims}"
-        extra = " sinks" if self.sinks else ""
+        odd = {"window": (self.window, 56), "sharpness": (self.sharpness, 1)}
+        extra = "".join([" sinks" * self.sinks, *(f" {name} {n:g}" for name, (n, usual) in odd.items() if n != usual)])
         dtype = str(self.dtype).rsplit(".", maxsplit=1)[-1]
         return (
             f"{dtype} head_dim {dims} heads {self.heads * self.group}/{self.heads} "
@@ -83,6 +86,11 @@ def table(place: str) -> Iterator[Case]:
         yield Case(sinks=True, dtype=dtype, length=length, mask="causal")
     for tokens in (131, 260, 1200):
         yield Case(tokens=tokens, length=2, mask="causal")
+    for window, batch in ((200, 1), (200, 3), (300, 2)):
+        yield Case(tokens=700, window=window, batch=batch, mask="bool")
+    # Each warp takes several tiles, whose maxima differ by many bits.
+    for dtype, mask in itertools.product(types, ("none", "added")):
+        yield Case(dtype=dtype, mask=mask, batch=12, tokens=8000 if place == "cuda" else 700, sharpness=8.0)
 
 
 def falling(dims: int, head: int, heads: int) -> NDArray[np.float64]:
@@ -111,20 +119,18 @@ def snapshot(case: Case) -> Snapshot:
     """
     keys, values = (quantizer(d, case.heads, case.bits, i) for i, d in enumerate((case.key_dims, case.value_dims)))
     generator = np.random.default_rng(case.tokens)
-    window, sinks = 56, 4
-    packed = case.tokens - window - sinks
+    sinks = 4
+    packed = case.tokens - case.window - sinks
     first = packed // 3 // 4 * 4
     sizes = [n for n in (first, first, packed - 2 * first) if n]
     width = keys.words + values.words
     chunks = [generator.integers(0, 2**32, (case.batch, width, -(-n // 4) * 4), dtype=np.uint32) for n in sizes]
-    exact = [
-        mx.array(generator.normal(size=(case.batch, case.heads, 70, d)).astype(np.float32)).astype(case.dtype)
-        for d in (case.key_dims, case.value_dims)
-    ]
+    shapes = [(case.batch, case.heads, case.window + 14, d) for d in (case.key_dims, case.value_dims)]
+    exact = [mx.array(generator.normal(size=shape).astype(np.float32)).astype(case.dtype) for shape in shapes]
     rows = rows_of(
         (sinks,) * case.batch,
         tuple(sinks + 3 * b for b in range(case.batch)),
-        sinks + window,
+        sinks + case.window,
         tuple(packed - 7 * b for b in range(case.batch)),
     )
     return Snapshot(
@@ -196,7 +202,7 @@ def problem(case: Case) -> Problem:
     shape = (case.batch, case.heads * case.group, case.length, case.key_dims)
     queries = mx.array(generator.normal(size=shape).astype(np.float32)).astype(case.dtype)
     logits = mx.array(generator.normal(size=shape[1]).astype(np.float32)).astype(case.dtype) if case.sinks else None
-    scale, mask = case.key_dims**-0.5, mask_of(case, held)
+    scale, mask = case.sharpness * case.key_dims**-0.5, mask_of(case, held)
     expected, stock = [], []
     for b, (keys, values) in enumerate(decoded(held)):
         added = _added(case, mask, b, keys.shape[1])

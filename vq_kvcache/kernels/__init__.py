@@ -24,8 +24,8 @@ FOLDER = pathlib.Path(__file__).resolve().parent
 TEXTS = ("helpers.h", "products.h", "attend.h", "lookup.h", "columns.h", "merge.h", "encode.h", "decode.h", "restore.h")
 NOT_METAL = ("products.h", "lookup.h", "columns.h")  # it has products of its own, and no byte permutation
 # Of a multiprocessor on CUDA: shared memory, of which a group takes GROUP_BYTES more than it asks for, and threads and
-# groups that have 128 registers each.
-SHARED_BYTES, GROUP_BYTES, MOST_THREADS, MOST_GROUPS = 233_472, 1024, 512, 4
+# groups that have 96 registers each.
+SHARED_BYTES, GROUP_BYTES, MOST_THREADS, MOST_GROUPS = 233_472, 1024, 640, 4
 
 # Where a thread group is, as every call of a body wants it; {floats} of shared memory, in fours.
 PROLOGUES = {
@@ -38,7 +38,7 @@ PROLOGUES = {
     "cuda": (
         "const int vq_x = blockIdx.x, vq_y = blockIdx.y, vq_z = blockIdx.z, vq_thread = threadIdx.x;\n"
         "extern __shared__ float4 vq_space[];\n"
-        "float* vq_shared = reinterpret_cast<float*>(vq_space);\n"
+        "float* vq_shared = vq_held(vq_space);\n"
     ),
 }
 CHUNK_NAMES = tuple(f"w{i}" for i in range(MAX_CHUNKS))
@@ -74,8 +74,8 @@ COLUMNS = Body(
     ("q", "keys", "values", *CHUNK_NAMES, "rows", "folded", "mean_score", "table", "lookup", "params", "scale",
      "hidden", "added"),
     ("sums", "outputs"),
-    "vq_attend_columns<T, DK, DV, MC, WARPS>(q, keys, values, VQ_CHUNK_NAMES, rows, folded, mean_score, "
-    "table, lookup, params, scale, hidden, added, sums, outputs, vq_shared, vq_x, vq_y, vq_z, vq_thread);\n",
+    "vq_attend_columns<T, DK, DV, MC, ROW, WARPS>(q, keys, values, VQ_CHUNK_NAMES, rows, folded, mean_score, "
+    "table, lookup, params, scale, hidden, added, sums, outputs, vq_shared, vq_y, vq_x, vq_z, vq_thread);\n",
 )  # fmt: skip
 MERGE = Body(
     "merge",

@@ -5,6 +5,7 @@
 // the warp multiplies with the rows. Keys and values go through the same tile [32, columns], one after the other.
 
 enum { VQ_QUERIES = 8 };
+#define VQ_LEEWAY 8.0f  // bits by which a score may be beyond what weights are relative to
 
 // A layer's table, columns.py. An entry: where its list begins (lookup.h), numbers of it, words of the head, the first of
 // them, columns.
@@ -74,36 +75,44 @@ struct VqColumnSums {
   float top[2], sum[2], output[MC / 16][4];
 };
 
-// s [tokens, 8] = tile [tokens, columns] q^T; q is zero from there up to a multiple of 32.
-template <int MC, int STRIDE>
-VQ_FN void vq_score_tokens(VQ_THREAD float (&s)[2][4], VQ_SHARED(const vq_half) q, VQ_SHARED(const vq_half) tile,
-                           int columns, int lane) {
-  float odd[2][4];  // sums of every other product, so that fewer wait for the one before
+// Fragments of 32 columns, from `k` on, of a tile: of 16 tokens and 16 columns each.
+template <int ROW, bool TURNED>
+VQ_FN void vq_load_columns(VQ_THREAD uint (&a)[2][2][4], VQ_SHARED(const vq_half) tile, int k) {
   VQ_UNROLL
-  for (int m = 0; m < 2; ++m) {
-    VQ_UNROLL
-    for (int e = 0; e < 4; ++e) s[m][e] = odd[m][e] = 0.0f;
-  }
-  q += lane % 8 * (MC + 8) + lane / 8 * 8;
-  tile += lane % 16 * STRIDE + lane / 16 * 8;
-  uint b[4];
-  VQ_UNROLL
-  for (int k = 0; k < MC; k += 16) {
-    if (k % 32 == 0) {
-      if (k >= columns) break;
-      vq_ldmatrix(b, q + k);  // of this k and the next
-    }
+  for (int half = 0; half < 2 && k + half * 16 < ROW + 8; ++half) {
     VQ_UNROLL
     for (int m = 0; m < 2; ++m) {
-      uint a[4];
-      vq_ldmatrix(a, tile + m * 16 * STRIDE + k);
-      vq_mma(k % 32 ? odd[m] : s[m], a, b[k % 32 / 8], b[k % 32 / 8 + 1]);
+      if (TURNED) {
+        vq_ldmatrix_turned(a[half][m], tile + m * 16 * ROW + k + half * 16);
+      } else {
+        vq_ldmatrix(a[half][m], tile + m * 16 * ROW + k + half * 16);
+      }
     }
   }
+}
+
+// s [tokens, 8] = tile [tokens, columns] q^T; q is zero from there up to a multiple of 32.
+template <int MC, int ROW>
+VQ_FN void vq_score_tokens(VQ_THREAD float (&s)[2][4], VQ_SHARED(const vq_half) q, VQ_SHARED(const vq_half) tile,
+                           int columns, int lane) {
   VQ_UNROLL
   for (int m = 0; m < 2; ++m) {
     VQ_UNROLL
-    for (int e = 0; e < 4; ++e) s[m][e] += odd[m][e];
+    for (int e = 0; e < 4; ++e) s[m][e] = 0.0f;
+  }
+  q += lane % 8 * (MC + 8) + lane / 8 * 8;
+  tile += lane % 16 * ROW + lane / 16 * 8;
+  uint a[2][2][4], b[4];
+  VQ_UNROLL
+  for (int k = 0; k < ROW + 8; k += 32) {
+    if (k >= columns) break;
+    vq_ldmatrix(b, q + k);
+    vq_load_columns<ROW, false>(a, tile, k);
+    VQ_UNROLL
+    for (int m = 0; m < 2; ++m) {
+      vq_mma(s[m], a[0][m], b[0], b[1]);
+      if (k + 16 < ROW + 8) vq_mma(s[m], a[1][m], b[2], b[3]);
+    }
   }
 }
 
@@ -156,35 +165,36 @@ VQ_FN void vq_hide_tokens(VQ_THREAD float (&s)[2][4], VQ_THREAD const VqTile& t,
   }
 }
 
-// Scores of one tile, in place, to weights; the running sums are brought to the new maximum.
+// Scores of one tile, in place, to weights. These are 2^(score - top) with a top that is only brought to the maximum, and
+// with it the running sums, when a score is beyond it by VQ_LEEWAY bits: half precision holds such weights as well.
 template <int MC>
 VQ_FN void vq_soften_tokens(VQ_THREAD float (&s)[2][4], VQ_THREAD VqColumnSums<MC>& running) {
-  float change[2];
+  float top[2];
+  VQ_UNROLL
+  for (int e = 0; e < 2; ++e) top[e] = vq_max(vq_max(s[0][e], s[0][e + 2]), vq_max(s[1][e], s[1][e + 2]));
+  if (vq_any(vq_max(top[0] - running.top[0], top[1] - running.top[1]) > VQ_LEEWAY)) {
+    VQ_UNROLL
+    for (int e = 0; e < 2; ++e) {
+      VQ_UNROLL
+      for (uint bit = 4; bit <= 16; bit *= 2) top[e] = vq_max(top[e], vq_shuffle_xor(top[e], bit));
+      top[e] = vq_max(top[e], running.top[e]);
+      const float change = vq_exp2(running.top[e] - top[e]);
+      running.top[e] = top[e], running.sum[e] *= change;
+      VQ_UNROLL
+      for (int n = 0; n < MC / 16; ++n) running.output[n][e] *= change, running.output[n][e + 2] *= change;
+    }
+  }
   VQ_UNROLL
   for (int e = 0; e < 2; ++e) {
-    float top = running.top[e];
-    VQ_UNROLL
-    for (int m = 0; m < 2; ++m) top = vq_max(top, vq_max(s[m][e], s[m][e + 2]));
-    VQ_UNROLL
-    for (uint bit = 4; bit <= 16; bit *= 2) top = vq_max(top, vq_shuffle_xor(top, bit));
-    change[e] = vq_exp2(running.top[e] - top);
-    float sum = running.sum[e] * change[e];
-    const float seen = vq_max(top, 0.5f * VQ_LOWEST);  // so that hidden scores have no weight where all are hidden
+    const float seen = vq_max(running.top[e], 0.5f * VQ_LOWEST);  // so that hidden scores have no weight where all are hidden
     VQ_UNROLL
     for (int m = 0; m < 2; ++m) {
       VQ_UNROLL
       for (int i = e; i < 4; i += 2) {
         s[m][i] = vq_exp2(s[m][i] - seen);
-        sum += s[m][i];
+        running.sum[e] += s[m][i];
       }
     }
-    running.top[e] = top, running.sum[e] = sum;
-  }
-  if (!vq_any(change[0] != 1.0f || change[1] != 1.0f)) return;
-  VQ_UNROLL
-  for (int n = 0; n < MC / 16; ++n) {
-    VQ_UNROLL
-    for (int i = 0; i < 4; ++i) running.output[n][i] *= change[i % 2];
   }
 }
 
@@ -198,18 +208,19 @@ VQ_FN void vq_turn_weights(VQ_THREAD uint (&b)[2][2], VQ_THREAD const float (&s)
 }
 
 // output [columns, 8] += tile^T [columns, tokens] weights [tokens, 8].
-template <int MC, int STRIDE>
+template <int MC, int ROW>
 VQ_FN void vq_add_tokens(VQ_THREAD float (&output)[MC / 16][4], VQ_THREAD const uint (&b)[2][2],
                          VQ_SHARED(const vq_half) tile, int columns, int lane) {
-  tile += (lane % 8 + lane / 16 * 8) * STRIDE + lane / 8 % 2 * 8;
+  tile += (lane % 8 + lane / 16 * 8) * ROW + lane / 8 % 2 * 8;
+  uint a[2][2][4];
   VQ_UNROLL
-  for (int n = 0; n < MC / 16; ++n) {
-    if (n % 2 == 0 && n * 16 >= columns) break;
+  for (int k = 0; k < ROW + 8; k += 32) {
+    if (k >= columns) break;
+    vq_load_columns<ROW, true>(a, tile, k);
     VQ_UNROLL
     for (int m = 0; m < 2; ++m) {
-      uint a[4];
-      vq_ldmatrix_turned(a, tile + m * 16 * STRIDE + n * 16);
-      vq_mma(output[n], a, b[m][0], b[m][1]);
+      vq_mma(output[k / 16], a[0][m], b[m][0], b[m][1]);
+      if (k + 16 < ROW + 8) vq_mma(output[k / 16 + 1], a[1][m], b[m][0], b[m][1]);
     }
   }
 }
@@ -247,19 +258,21 @@ template <int MC>
 VQ_FN void vq_gather_columns(VQ_THREAD VqColumnSums<MC>& running, VQ_SHARED(const float) mean_score, VQ_IN(int) table,
                              VQ_IN(int) params, VQ_OUT(float) sums, VQ_OUT(float) outputs, VQ_SHARED(float) shared,
                              VQ_THREAD const VqPlace& at, int warps) {
-  VQ_SHARED(float) tops = shared + warps * VQ_QUERIES * MC;  // after the outputs: [warps, 8] tops, then sums
+  enum { WIDTH = MC + 4 };  // so that lanes' numbers lie in different memory banks
+  VQ_SHARED(float) tops = shared + warps * VQ_QUERIES * WIDTH;  // after the outputs: [warps, 8] tops, then sums
   VQ_SYNC_GROUP();
   VQ_UNROLL
   for (int e = 0; e < 2; ++e) {
-    const int row = at.warp * VQ_QUERIES + at.lane % 4 * 2 + e;
+    const int query = at.lane % 4 * 2 + e, row = at.warp * VQ_QUERIES + query;
     float sum = running.sum[e];
     VQ_UNROLL
     for (uint bit = 4; bit <= 16; bit *= 2) sum += vq_shuffle_xor(sum, bit);
     tops[row] = running.top[e];
     tops[warps * VQ_QUERIES + row] = sum;
+    if (query >= at.rows) continue;
     VQ_UNROLL
     for (int n = 0; n < MC / 16; ++n) {
-      VQ_SHARED(float) out = shared + row * MC + n * 16 + at.lane / 4;
+      VQ_SHARED(float) out = shared + row * WIDTH + n * 16 + at.lane / 4;
       out[0] = running.output[n][e], out[8] = running.output[n][e + 2];
     }
   }
@@ -269,10 +282,11 @@ VQ_FN void vq_gather_columns(VQ_THREAD VqColumnSums<MC>& running, VQ_SHARED(cons
     const int row = i / MC, n = i % MC;
     float top = VQ_LOWEST, sum = 0.0f, out = 0.0f;
     for (int w = 0; w < warps; ++w) top = vq_max(top, tops[w * VQ_QUERIES + row]);
+    VQ_UNROLL_BY(2)
     for (int w = 0; w < warps; ++w) {
       const float share = vq_exp2(tops[w * VQ_QUERIES + row] - top);
       sum += share * tops[(warps + w) * VQ_QUERIES + row];
-      out += share * shared[(w * VQ_QUERIES + row) * MC + n];
+      out += share * shared[(w * VQ_QUERIES + row) * WIDTH + n];
     }
     outputs[(base + row) * width + n] = out;
     if (n == 0) sums[2 * (base + row)] = top + mean_score[row], sums[2 * (base + row) + 1] = sum;
@@ -280,42 +294,71 @@ VQ_FN void vq_gather_columns(VQ_THREAD VqColumnSums<MC>& running, VQ_SHARED(cons
 }
 
 // Where things lie in shared memory, in floats: the mean's scores, chunks, entries, levels, folded queries, lists of keys
-// and then of values, and for each warp a tile, and words of keys and then of values. A row holds 8 columns less than MC, so
-// that eight rows lie in different memory banks: the last product reads eight numbers behind it, for columns of queries that
-// are zero, or of sums that nobody reads.
-template <int MC>
+// and then of values, and for each warp a tile [32, ROW], and words of keys and then of values. ROW is an odd multiple of
+// eight, so that eight rows lie in different memory banks: products of 32 columns may read eight numbers behind a row, for
+// columns of queries that are zero, or of sums that nobody reads.
+template <int MC, int ROW>
 struct VqColumnSpace {
   enum {
-    stride = MC - 8, query_stride = MC + 8, chunks = 8, entries = 24, lookup = entries + 2 * 8,
+    query_stride = MC + 8, chunks = 8, entries = 24, lookup = entries + 2 * 8,
     folded = lookup + VQ_LOOKUP, lists = folded + VQ_QUERIES * query_stride / 2,
-    numbers = VQ_COLUMN_TOKENS * stride + 8,  // halves of a tile
+    numbers = VQ_COLUMN_TOKENS * ROW + 8,  // halves of a tile
     staged = numbers / 2,
   };
 };
 
-// The words of a head, of a tile -> `to` [words, tokens], while other things are done.
-VQ_FN void vq_fetch_words(VQ_SHARED(uint) to, VQ_SHARED(const int) entry, VQ_THREAD const VqTile& t, int lane) {
-  const int first = lane / 8, token = lane % 8 * 4;
-  if (t.token + token >= t.capacity) return;
-  const size_t step = (size_t)4 * t.capacity;
-  VQ_IN(uint) from = t.words + (size_t)(entry[3] + first) * t.capacity + token;
-  to += first * VQ_COLUMN_TOKENS + token;
-  VQ_LOOP
-  for (int left = entry[2] - first; left > 0; left -= 4) {
-    vq_fetch4(to, from);
+// What a warp knows of its head's keys, or values: of the words, how many, and the first of them; columns of the tile.
+struct VqColumnWords {
+  uint words, first_word, columns;
+};
+
+VQ_FN VqColumnWords vq_column_words(VQ_SHARED(const int) entry) {
+  const VqColumnWords own = {vq_uniform(entry[2]), vq_uniform(entry[3]), vq_uniform(entry[4])};
+  return own;
+}
+
+// One or the other, field by field, so that all of them stay in registers.
+VQ_FN VqColumnWords vq_either(bool values, VQ_THREAD const VqColumnWords& k, VQ_THREAD const VqColumnWords& v) {
+  const VqColumnWords own = {values ? v.words : k.words, values ? v.first_word : k.first_word,
+                             values ? v.columns : k.columns};
+  return own;
+}
+VQ_FN VqKinds vq_either(bool values, VQ_THREAD const VqKinds& k, VQ_THREAD const VqKinds& v) {
+  const VqKinds own = {{values ? v.counts[0] : k.counts[0], values ? v.counts[1] : k.counts[1]},
+                       values ? v.first : k.first, values ? v.whole : k.whole};
+  return own;
+}
+
+// The words of a head, of a tile -> `to` [words, tokens], while other things are done: each lane copies four tokens of every
+// fourth word. `from`: of the first of these, if it were of all heads; `to`: where that goes.
+VQ_FN void vq_fetch_words(VQ_SHARED(uint) to, VQ_IN(uint) from, VQ_THREAD const VqColumnWords& own, int capacity,
+                          bool held, int lane) {
+  const size_t step = (size_t)4 * capacity;
+  from += (size_t)own.first_word * capacity;
+  VQ_UNROLL_BY(2)
+  for (uint left = own.words / 4; left; --left) {
+    if (held) vq_fetch4(to, from);
     to += 4 * VQ_COLUMN_TOKENS, from += step;
   }
+  if (held && (uint)lane / 8 < own.words % 4) vq_fetch4(to, from);
+}
+
+// The same tile as all lanes know it, but for its words, which are those that this lane copies first.
+VQ_FN void vq_know_tile(VQ_THREAD VqTile& t, int lane) {
+  t.capacity = vq_uniform(t.capacity), t.tokens = vq_uniform(t.tokens), t.first = vq_uniform(t.first);
+  t.token = vq_uniform(t.token), t.valid = vq_uniform(t.valid);
+  t.words += (size_t)((uint)lane / 8) * t.capacity + lane % 8 * 4;
 }
 
 // Packed tokens.
-template <int MC, int WARPS>
+template <int MC, int ROW, int WARPS>
 VQ_FN void vq_attend_columns_packed(VQ_IN(vq_half) folded_in, VQ_IN(float) mean_in, VQ_CHUNK_ARGUMENTS, VqRows held,
                                     VQ_IN(int) table, VQ_IN(int) lookup_in, VQ_IN(int) params,
                                     VQ_IN(unsigned char) hidden, VQ_IN(float) added, VQ_OUT(float) sums,
                                     VQ_OUT(float) outputs, VQ_SHARED(float) shared, VQ_THREAD const VqPlace& at,
                                     int query_tile) {
-  typedef VqColumnSpace<MC> Space;
-  enum { STRIDE = Space::stride, QUERY_STRIDE = Space::query_stride, THREADS = WARPS * 32 };
+  typedef VqColumnSpace<MC, ROW> Space;
+  enum { QUERY_STRIDE = Space::query_stride, THREADS = WARPS * 32 };
   VQ_SHARED(int) chunks = (VQ_SHARED(int))(shared + Space::chunks);
   VQ_SHARED(uint) lookup = (VQ_SHARED(uint))(shared + Space::lookup);
   VQ_SHARED(int) lists = (VQ_SHARED(int))(shared + Space::lists);
@@ -330,10 +373,24 @@ VQ_FN void vq_attend_columns_packed(VQ_IN(vq_half) folded_in, VQ_IN(float) mean_
   const int first_tile = (at.split - params[VQ_EXACT_SPLITS]) * params[VQ_TILES_PER_SPLIT];
   int last_tile = first_tile + params[VQ_TILES_PER_SPLIT], i = first_tile + at.warp;
   if (last_tile > params[VQ_TILES]) last_tile = params[VQ_TILES];
+  i = vq_uniform(i), last_tile = vq_uniform(last_tile);
   if (worker < 16) chunks[worker] = worker < 2 * count ? params[VQ_CHUNK_TABLE + worker] : 0;
   for (int k = worker; k < VQ_LOOKUP; k += THREADS) lookup[k] = lookup_in[k];
   VQ_SYNC_GROUP();
   const int value_list = key_entry[1], value_words = key_entry[2] * VQ_COLUMN_TOKENS;  // where they begin
+  const int warp_floats = Space::staged + value_words + value_entry[2] * VQ_COLUMN_TOKENS;
+  VQ_SHARED(float) warps = shared + Space::lists + value_list + value_entry[1];
+  VQ_SHARED(vq_half) tile = (VQ_SHARED(vq_half))(warps + at.warp * warp_floats);
+  VQ_SHARED(uint) staged = (VQ_SHARED(uint))tile + Space::staged;
+  const VqColumnWords key_own = vq_column_words(key_entry), value_own = vq_column_words(value_entry);
+  const int own_token = at.lane % 8 * 4;  // that this lane copies first
+  VqTile t;
+  if (i < last_tile) {
+    t = vq_find_tile<VQ_COLUMN_TOKENS>(chunks, count, VQ_CHUNK_NAMES, i, held.packed, total_words, at.batch);
+    vq_know_tile(t, at.lane);
+    vq_fetch_words(staged + 4 * at.lane, t.words, key_own, t.capacity, t.token + own_token < t.capacity, at.lane);
+  }
+  vq_stage_nothing();
   for (int part = 0; part < 2; ++part) {
     VQ_SHARED(const int) entry = part ? value_entry : key_entry;
     for (int k = worker; k < entry[1]; k += THREADS) lists[(part ? value_list : 0) + k] = table[entry[0] + k];
@@ -342,14 +399,12 @@ VQ_FN void vq_attend_columns_packed(VQ_IN(vq_half) folded_in, VQ_IN(float) mean_
   for (int k = worker; k < VQ_QUERIES * MC; k += THREADS)
     folded[k / MC * QUERY_STRIDE + k % MC] = folded_in[own * VQ_QUERIES * MC + k];
   if (worker < VQ_QUERIES) shared[worker] = mean_in[own * VQ_QUERIES + worker];
-  const int warp_floats = Space::staged + value_words + value_entry[2] * VQ_COLUMN_TOKENS;
-  VQ_SHARED(float) warps = shared + Space::lists + value_list + value_entry[1];
-  VQ_SHARED(vq_half) tile = (VQ_SHARED(vq_half))(warps + at.warp * warp_floats);
-  VQ_SHARED(uint) staged = (VQ_SHARED(uint))tile + Space::staged;
   // What is never written must not be NaN.
   const uint zeros[4] = {0u, 0u, 0u, 0u};
   for (int k = 8 * at.lane; k < Space::numbers; k += 8 * 32) vq_put8(tile + k, zeros);
   VQ_SYNC_GROUP();
+  const VqKinds key_kinds = vq_kinds((VQ_SHARED(const uint))lists);
+  const VqKinds value_kinds = vq_kinds((VQ_SHARED(const uint))lists + value_list);
   VqColumnSums<MC> running;
   VQ_UNROLL
   for (int e = 0; e < 2; ++e) running.top[e] = VQ_LOWEST, running.sum[e] = 0.0f;
@@ -358,66 +413,74 @@ VQ_FN void vq_attend_columns_packed(VQ_IN(vq_half) folded_in, VQ_IN(float) mean_
     VQ_UNROLL
     for (int k = 0; k < 4; ++k) running.output[n][k] = 0.0f;
   }
-  VqTile t;
-  if (i < last_tile) {
-    t = vq_find_tile<VQ_COLUMN_TOKENS>(chunks, count, VQ_CHUNK_NAMES, i, held.packed, total_words, at.batch);
-    vq_fetch_words(staged, key_entry, t, at.lane);
-  }
-  vq_stage_nothing();
   VQ_LOOP
-  for (; i < last_tile; i += WARPS) {
-    float s[2][4];
-    VqTile next = t;  // until values are decoded
+  while (i < last_tile) {
+    uint weights[2][2];
     VQ_LOOP
     for (int part = 0; part < 2; ++part) {  // keys, then values: a loop, so that the decoder is in the program once
-      VQ_SHARED(const int) entry = part ? value_entry : key_entry;
+      const VqKinds kinds = vq_either(part, key_kinds, value_kinds);
       // Meanwhile the next words come: of values, or of the next tile's keys.
-      if (part == 1 && i + WARPS < last_tile)
-        next = vq_next_tile<VQ_COLUMN_TOKENS, WARPS>(t, chunks, count, VQ_CHUNK_NAMES, i + WARPS, held.packed, total_words,
-                                                     at.batch);
-      if (part == 0 || i + WARPS < last_tile)
-        vq_fetch_words(part ? staged : staged + value_words, part ? key_entry : value_entry, next, at.lane);
+      if (part) {
+        i += WARPS;
+        if (i < last_tile && t.token + WARPS * VQ_COLUMN_TOKENS < t.tokens) {
+          t.words += WARPS * VQ_COLUMN_TOKENS, t.first += WARPS * VQ_COLUMN_TOKENS;
+          t.token += WARPS * VQ_COLUMN_TOKENS, t.valid -= WARPS * VQ_COLUMN_TOKENS;
+        } else if (i < last_tile) {
+          t = vq_find_tile<VQ_COLUMN_TOKENS>(chunks, count, VQ_CHUNK_NAMES, i, held.packed, total_words, at.batch);
+          vq_know_tile(t, at.lane);
+        }
+      }
+      if (i < last_tile)
+        vq_fetch_words((part ? staged : staged + value_words) + 4 * at.lane, t.words, vq_either(!part, key_own, value_own),
+                       t.capacity, t.token + own_token < t.capacity, at.lane);
       vq_stage_nothing();
       vq_stage_wait();
       VQ_SYNC_WARP();
-      VQ_SHARED(const uint) list = (VQ_SHARED(const uint))lists + (part ? value_list : 0);
+      VQ_SHARED(const uint) list = (VQ_SHARED(const uint))lists + (part ? value_list : 0) + VQ_LIST_HEADER;
       VQ_SHARED(const uint) words = staged + (part ? value_words : 0);
-      vq_put_levels(list, words + at.lane, lookup, tile + at.lane * STRIDE);
+      vq_put_levels(kinds, list, words + at.lane, lookup, tile + at.lane * ROW);
       VQ_SYNC_WARP();
-      const int rings = list[VQ_WHOLE_RINGS];
-      words += list[VQ_WHOLE_RINGS + 1] * VQ_COLUMN_TOKENS;
+      const int rings = kinds.whole & 0xffff;
+      words += (kinds.whole >> 16) * VQ_COLUMN_TOKENS;
       if (part == 0) {
-        vq_score_tokens<MC, STRIDE>(s, folded, tile, entry[4], at.lane);
+        float s[2][4];
+        vq_score_tokens<MC, ROW>(s, folded, tile, key_own.columns, at.lane);
         vq_score_rings<MC>(s, folded, words, rings, lookup, at.lane);
         vq_hide_tokens(s, t, held, masked, params, hidden, added, at);
         vq_soften_tokens<MC>(s, running);
-      } else {
-        uint weights[2][2];
         vq_turn_weights(weights, s);
-        vq_add_tokens<MC, STRIDE>(running.output, weights, tile, entry[4], at.lane);
+      } else {
+        vq_add_tokens<MC, ROW>(running.output, weights, tile, value_own.columns, at.lane);
         vq_add_rings<MC>(running.output, weights, words, rings, lookup, at.lane);
       }
       VQ_SYNC_WARP();
     }
-    t = next;
   }
   vq_gather_columns<MC>(running, shared, table, params, sums, outputs, warps, at, WARPS);
 }
 
-// One thread group: x the split, y head and batch row, z eight queries of a group of query heads.
-template <typename T, int DK, int DV, int MC, int WARPS>
+// One thread group: y head and batch row, z eight queries of a group of query heads; x of them the first take a split of
+// packed tokens each, and the last few the splits of exact tokens in turn, which are short.
+template <typename T, int DK, int DV, int MC, int ROW, int WARPS>
 VQ_FN void vq_attend_columns(VQ_IN(T) q, VQ_IN(T) keys, VQ_IN(T) values, VQ_CHUNK_ARGUMENTS, VQ_IN(int) rows,
                              VQ_IN(vq_half) folded, VQ_IN(float) mean_score, VQ_IN(int) table, VQ_IN(int) lookup,
                              VQ_IN(int) params, VQ_IN(float) scale, VQ_IN(unsigned char) hidden, VQ_IN(float) added,
                              VQ_OUT(float) sums, VQ_OUT(float) outputs, VQ_SHARED(float) shared, int x, int y, int z,
                              int worker) {
-  const VqPlace at = vq_place<VQ_QUERIES>(params, x, y, z, worker);
+  const int packed = params[VQ_PACKED_SPLITS], exact = params[VQ_EXACT_SPLITS];
+  VqPlace at = vq_place<VQ_QUERIES>(params, x, y, z, worker);
+  at.lane = vq_held_lane(at.lane), at.warp = vq_uniform(at.warp);
   const VqRows held = vq_rows(rows, at.batch);
-  if (x < params[VQ_EXACT_SPLITS]) {
-    vq_attend_exact<T, DK, DV, VQ_QUERIES>(q, keys, values, held, params, table[VQ_OUTPUT_WIDTH], scale[0], hidden,
-                                           added, sums, outputs, shared, at, WARPS * 32);
+  if (x < packed) {
+    at.split += exact;
+    vq_attend_columns_packed<MC, ROW, WARPS>(folded, mean_score, VQ_CHUNK_NAMES, held, table, lookup, params, hidden,
+                                             added, sums, outputs, shared, at, z);
   } else {
-    vq_attend_columns_packed<MC, WARPS>(folded, mean_score, VQ_CHUNK_NAMES, held, table, lookup, params, hidden, added,
-                                        sums, outputs, shared, at, z);
+    VQ_LOOP
+    for (at.split -= packed; at.split < exact; at.split += params[VQ_EXACT_GROUPS]) {
+      vq_attend_exact<T, DK, DV, VQ_QUERIES>(q, keys, values, held, params, table[VQ_OUTPUT_WIDTH], scale[0], hidden,
+                                             added, sums, outputs, shared, at, WARPS * 32);
+      VQ_SYNC_GROUP();
+    }
   }
 }

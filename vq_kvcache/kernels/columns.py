@@ -16,7 +16,7 @@ import numpy as np
 from ..spectral import codebook, trellis
 from ..spectral.packing import Layout, Segment
 from ..spectral.spectral_quant import SpectralQuantizer
-from . import COLUMNS, FOLD, GROUP_BYTES, MOST_GROUPS, MOST_THREADS, SHARED_BYTES, Launch
+from . import COLUMNS, FOLD, GROUP_BYTES, MOST_GROUPS, SHARED_BYTES, Launch
 from .launches import HEAD_INTS, evaluated, head_words
 
 if TYPE_CHECKING:
@@ -24,12 +24,15 @@ if TYPE_CHECKING:
 
 QUERIES = 8  # of a thread group
 TOKENS = 32  # of a warp's tile
-MOST_WARPS = 8  # of a thread group
+MOST_WARPS = 10  # of a thread group
+# Warps of a multiprocessor, whose registers they share: with sums of at most NARROW columns, and with more.
+NARROW, NARROW_WARPS, WIDE_WARPS = 176, 20, 16
+LEAST_ROW = 88  # columns of a row of a tile; or 32 more, and so on: few programs serve many layers
 FOLD_THREADS, FOLDED = 256, 4  # of a thread group, and columns of each of its warps
 HEADER_INTS = 16
 LOOKUP = 288
 ALONE = 32
-LIST_HEADER = 12
+LIST_HEADER = 4
 # Columns beyond head_dim, which rings that are not full leave empty: a row's length is an odd multiple of eight. With
 # fewer of them more thread groups find room.
 SPARE = (24, 40, 56)
@@ -85,7 +88,7 @@ class _Alone(NamedTuple):
     @property
     def told(self) -> list[int]:
         """It is turned until its lowest bit is bit 1."""
-        return [_word(self.word, (self.shift - 1) % 32), 2 << self.width]
+        return [_word(self.word, (self.shift - 1) % 32), (2 << self.width) - 2]
 
 
 def _word(word: int, shift: int) -> int:
@@ -120,9 +123,9 @@ def head_columns(layout: Layout, head: int) -> HeadColumns:
     padded = [*alone, *alone[-1:] * (-len(alone) % 8)]
     tasks: dict[tuple[int, bool] | None, list[int]] = {kind: [] for kind in KINDS}
     tasks[None] = [n for code in padded for n in code.told]
-    told = [after_rings, tail, filled.words if filled else 0, filled.first_word if filled else 0]
-    whole = [tuple(filled.first + slot * filled.words + w for slot in range(32)) for w in range(told[2]) if filled]
-    column = 0
+    full, first_full = (filled.words, filled.first_word) if filled else (0, 0)
+    whole = [tuple(filled.first + slot * full + w for slot in range(32)) for w in range(full) if filled]
+    column, first_tail = 0, tail
     for s, half, groups, pairs in rings:
         bits = s.width * s.slots
         for w in range(s.words):
@@ -133,8 +136,10 @@ def head_columns(layout: Layout, head: int) -> HeadColumns:
                 if 0 <= slot < s.slots:
                     order[place] = s.first + slot * s.words + w
             column, tail = column + len(groups), tail + len(pairs)
-    ends = itertools.accumulate((4 * len(own) for own in tasks.values()), initial=4 * LIST_HEADER)
-    numbers = [*itertools.islice(ends, 1, None), *told, *itertools.chain(*tasks.values()), 0, 0, 0, 0]
+    counts = [len(own) // (4 if kind else 16) for kind, own in tasks.items()]
+    header = [sum(n << 8 * i for i, n in enumerate(part)) for part in (counts[:4], counts[4:])]
+    header += [after_rings | first_tail << 16, full | first_full << 16]
+    numbers = [*header, *itertools.chain(*tasks.values()), 0, 0, 0, 0]
     return HeadColumns(tuple(numbers), tuple(order), written, tuple(whole))
 
 
@@ -190,40 +195,56 @@ def lookup() -> mx.array:
     return evaluated(mx.array(table.view(np.int32)))
 
 
-def least_bytes(most: int, key_dims: int, words: int, numbers: int, warps: int) -> int:
+def least_bytes(most: int, row: int, key_dims: int, words: int, numbers: int, warps: int) -> int:
     """Shared memory that a thread group needs, see VqColumnSpace in columns.h. words, numbers: of the words of a head's
     keys and values, and of their lists."""
-    row = most - 8
     before = 4 * (40 + LOOKUP + numbers) + 2 * QUERIES * (most + 8)
     own = warps * (2 * (TOKENS * row + 8) + 4 * TOKENS * words)
-    gathering = 4 * warps * QUERIES * (most + 2)
+    gathering = 4 * warps * QUERIES * (most + 6)
     return max(before + max(own, gathering), 4 * QUERIES * (key_dims + 64))
 
 
-def groups_of(needed: Callable[[int], int]) -> tuple[int, int]:
+def groups_of(needed: Callable[[int], int], most_warps: int) -> tuple[int, int]:
     """(warps of a thread group, groups that one multiprocessor works on at once): as many warps in all as find room, in
-    as few groups, whose sums are to be merged. needed: bytes of a group of so many warps. Two zeros when none does."""
+    as few groups, whose sums are to be merged. needed: bytes of a group of so many warps; most_warps: in all. Two zeros
+    when none does."""
 
     def both(warps: int) -> tuple[int, int]:
         held = SHARED_BYTES // (needed(warps) + GROUP_BYTES)
-        return warps, min(held, MOST_THREADS // (32 * warps), MOST_GROUPS)
+        return warps, min(held, most_warps // warps, MOST_GROUPS)
 
     found = max(map(both, range(1, MOST_WARPS + 1)), key=lambda own: (own[0] * own[1], own[0]))
     return found if found[1] else (0, 0)
 
 
-def chosen(keys: SpectralQuantizer, values: SpectralQuantizer) -> tuple[int, int, int, mx.array] | None:
-    """(MC, warps of a thread group, groups of a multiprocessor, table), or None when these codes do not fit."""
+class Chosen(NamedTuple):
+    """How the codes of a layer are read. most: MC; row: columns of a row of a tile; warps: of a thread group; groups:
+    of a multiprocessor."""
+
+    most: int
+    row: int
+    warps: int
+    groups: int
+    table: mx.array
+
+
+def chosen(keys: SpectralQuantizer, values: SpectralQuantizer) -> Chosen | None:
+    """None when these codes do not fit."""
     made = every_head(keys, values)
     dims = keys.synthesis.shape[-1], values.synthesis.shape[-1]
     words = head_words(keys, values)
     numbers = max(len(own.numbers) + len(other.numbers) for own, other in zip(*made, strict=True))
+    written = max(own.written for part in made for own in part)
     for spare in SPARE:
         most = max(dims) + spare + 8
         table = column_table(keys, values, made, most)
-        warps, groups = groups_of(functools.partial(least_bytes, most, dims[0], words, numbers))
-        if table is not None and groups:
-            return most, warps, groups, table
+        if table is None:
+            continue
+        row = next(n for n in (*range(LEAST_ROW, most - 8, 32), most - 8) if n >= written)
+        needed = functools.partial(least_bytes, most, row, dims[0], words, numbers)
+        warps, groups = groups_of(needed, NARROW_WARPS if most <= NARROW else WIDE_WARPS)
+        if groups:
+            return Chosen(most, row, warps, groups, table)
     return None
 
 
@@ -258,8 +279,9 @@ def attend(plan: "Plan", o: "Operands", folded: list[mx.array]) -> Launch:
          o.hidden, o.added],
         [(*every, 2), (*every, most)],
         [mx.float32, mx.float32],
-        (plan.splits, shape.planes, shape.row_tiles),
+        (shape.planes, plan.groups, shape.row_tiles),  # exact tokens of all planes last
         shape.group[2] * 32,
         shared_bytes(shape.groups),
-        (("T", shape.dtype), ("DK", shape.key_dims), ("DV", shape.value_dims), ("MC", most), ("WARPS", shape.group[2])),
+        (("T", shape.dtype), ("DK", shape.key_dims), ("DV", shape.value_dims), ("MC", most), ("ROW", shape.group[0]),
+         ("WARPS", shape.group[2])),
     )  # fmt: skip

@@ -55,8 +55,12 @@ VQ_FN vq_half2 vq_fma(vq_half2 a, vq_half2 b, vq_half2 c) { return __hfma2(a, b,
 VQ_FN vq_half2 vq_mul(vq_half2 a, vq_half2 b) { return __hmul2(a, b); }
 VQ_FN vq_half2 vq_sub(vq_half2 a, vq_half2 b) { return __hsub2(a, b); }
 
-// Four bytes of the eight of a and b, by the low four nibbles of `which`.
-VQ_FN uint vq_permute(uint a, uint b, uint which) { return __byte_perm(a, b, which); }
+// Four bytes of the eight of a and b, by the low four nibbles of `which`, each below eight: __byte_perm would mask them.
+VQ_FN uint vq_permute(uint a, uint b, uint which) {
+  uint x;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(x) : "r"(a), "r"(b), "r"(which));
+  return x;
+}
 VQ_FN void vq_put8(vq_half* at, const uint (&x)[4]) {
   *reinterpret_cast<uint4*>(at) = make_uint4(x[0], x[1], x[2], x[3]);
 }
@@ -76,6 +80,16 @@ VQ_FN void vq_load2(const uint* from, uint& a, uint& b) {
 }
 
 VQ_FN uint vq_address(const void* p) { return static_cast<uint>(__cvta_generic_to_shared(p)); }
+// The same memory at an address that the compiler does not know, and so keeps: it would ask the hardware for it again and
+// again, some thirty cycles each time.
+VQ_FN float* vq_held(void* p) {
+  uint address = vq_address(p);
+  asm volatile("" : "+r"(address));
+  return static_cast<float*>(__cvta_shared_to_generic(address));
+}
+VQ_FN int vq_held_lane(int lane) { return __shfl_sync(0xffffffffu, lane, lane) & 31; }  // likewise
+// A number that all lanes of the warp know: it is kept, and worked with, once for all of them.
+VQ_FN uint vq_uniform(uint x) { return __reduce_or_sync(0xffffffffu, x); }
 VQ_FN void vq_fetch4(uint* to, const uint* from) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" :: "r"(vq_address(to)), "l"(from));
 }

@@ -80,6 +80,8 @@ VQ_FN const void* vq_aligned(const void* p, size_t bytes) {  // GPUs read and wr
 VQ_FN void vq_load4_shared(uint (&to)[4], const uint* from) { memcpy(to, vq_aligned(from, 16), 16); }
 VQ_FN void vq_put8(vq_half* at, const uint (&x)[4]) { memcpy((void*)vq_aligned(at, 16), x, 16); }
 VQ_FN void vq_put2(vq_half* at, uint x) { memcpy((void*)vq_aligned(at, 4), &x, 4); }
+VQ_FN int vq_held_lane(int lane) { return lane; }
+VQ_FN uint vq_uniform(uint x) { return x; }
 VQ_FN float vq_low(vq_half2 x) { return (float)x.x; }
 VQ_FN float vq_high(vq_half2 x) { return (float)x.y; }
 VQ_FN vq_half2 vq_pack(float a, float b) { return {(vq_half)a, (vq_half)b}; }

@@ -7,11 +7,22 @@ enum {
   VQ_ALONE = 32,  // in `lookup`, 32-bit words: levels of codes alone; before them four words for each width of rings
   VQ_LOOKUP = 288,
   VQ_COLUMN_TOKENS = 32,  // of a warp
-  // A head's list: where the tasks of each kind end, in bytes from its beginning on (codes alone, rings of 1 to 5 bits, and
-  // those of 1 and 2 bits of which half of the columns suffice); the first columns of codes alone and of what rings of ten
-  // leave; how many rings of 1 bit fill a word, and the first of these; then the tasks, in that order, and four zeros.
-  VQ_FIRST_ALONE = 8, VQ_FIRST_TAIL = 9, VQ_WHOLE_RINGS = 10, VQ_LIST_HEADER = 12,
+  // A head's list: how many tasks of each kind, a byte each (eight codes alone, rings of 1 to 5 bits, and those of 1 and 2
+  // bits of which half of the columns suffice); the first columns of codes alone and, 16 bits up, of what rings of ten
+  // leave; how many rings of 1 bit fill a word and, 16 bits up, the first of these; then the tasks, in that order, and four
+  // zeros.
+  VQ_LIST_HEADER = 4,
 };
+
+// The beginning of a head's list.
+struct VqKinds {
+  uint counts[2], first, whole;
+};
+
+VQ_FN VqKinds vq_kinds(VQ_SHARED(const uint) list) {
+  const VqKinds k = {{vq_uniform(list[0]), vq_uniform(list[1])}, vq_uniform(list[2]), vq_uniform(list[3])};
+  return k;
+}
 
 // A code or a ring begins with `word`: bytes from the first of a lane's words to its own, and in the low five bits by how
 // much that is to be turned. A ring goes on with its bits less its width, their mask, and the bits less two widths.
@@ -21,7 +32,7 @@ struct VqTask {
 
 // Tasks from `told` on; of the next one what is told, and its word, are read while one is worked on.
 struct VqTasks {
-  VQ_SHARED(const char) told;
+  VQ_SHARED(const uint) told;
   VQ_SHARED(const char) words;  // of this lane's token
   VqTask next;
   uint x;
@@ -31,7 +42,7 @@ VQ_FN uint vq_word_of(VQ_SHARED(const char) words, uint told) { return *(VQ_SHAR
 
 VQ_FN void vq_next(VQ_THREAD VqTasks& tasks) {
   uint x[4];
-  vq_load4_shared(x, (VQ_SHARED(const uint))tasks.told);
+  vq_load4_shared(x, tasks.told);
   tasks.next.word = x[0], tasks.next.to_one = x[1], tasks.next.mask = x[2], tasks.next.to_two = x[3];
   tasks.x = vq_word_of(tasks.words, x[0]);
 }
@@ -147,72 +158,66 @@ struct VqRing<5> {
   }
 };
 
-// Rings of this lane's token until `end`, into its row of a tile. COLUMNS: of each; what is left of a ring of ten goes to
-// `tail`.
+// `count` rings of this lane's token, into its row of a tile. COLUMNS: of each; what is left of a ring of ten goes to `tail`.
 template <int W, bool HALF, int COLUMNS>
-VQ_FN void vq_put_rings(VQ_THREAD VqTasks& tasks, VQ_SHARED(const char) end, VQ_SHARED(const uint) lookup,
+VQ_FN void vq_put_rings(VQ_THREAD VqTasks& tasks, uint count, VQ_SHARED(const uint) lookup,
                         VQ_THREAD VQ_SHARED(vq_half)& row, VQ_THREAD VQ_SHARED(vq_half)& tail) {
-  if (tasks.told == end) return;
+  if (count == 0) return;
   uint book[4];
   vq_load4_shared(book, lookup + 4 * (W - 1));
   VQ_LOOP
   do {
     const VqTask own = tasks.next;
     const uint f = vq_funnel(tasks.x, tasks.x, own.word) & own.mask;
-    tasks.told += 16;
+    tasks.told += 4;
     vq_next(tasks);
     VqRing<W>::template put<HALF>(f, own.to_one, own.to_two, book, row, tail);
     row += COLUMNS;
     if (W == 3) tail += 2;
-  } while (tasks.told != end);
+  } while (--count);
 }
 
-// Codes alone, eight at a time: of each `word`, and the bytes of `lookup` at which levels of its width begin, 2^(width + 1).
-VQ_FN void vq_put_alone(VQ_THREAD VqTasks& tasks, VQ_SHARED(const char) end, VQ_SHARED(const uint) lookup,
-                        VQ_THREAD VQ_SHARED(vq_half)& row) {
-  VQ_SHARED(const char) levels = (VQ_SHARED(const char))(lookup + VQ_ALONE);
+// Codes alone, `count` times eight: of each `word`, and the mask of its bits, from bit 1 on. Levels of its width begin two
+// bytes behind as many as the mask is.
+VQ_FN void vq_put_alone(VQ_THREAD VqTasks& tasks, uint count, VQ_SHARED(const uint) lookup, VQ_SHARED(vq_half) row) {
+  VQ_SHARED(const char) levels = (VQ_SHARED(const char))(lookup + VQ_ALONE) + 2;
   VQ_LOOP
-  while (tasks.told != end) {
+  for (; count; --count) {
     uint r[4];
     VQ_UNROLL
     for (int i = 0; i < 4; ++i) {
       uint codes[4], level[2];
-      vq_load4_shared(codes, (VQ_SHARED(const uint))tasks.told + 4 * i);
+      vq_load4_shared(codes, tasks.told + 4 * i);
       VQ_UNROLL
       for (int k = 0; k < 2; ++k) {
-        const uint x = vq_word_of(tasks.words, codes[2 * k]), first = codes[2 * k + 1];
-        const uint at = (vq_funnel(x, x, codes[2 * k]) & (first - 2)) | first;
+        const uint x = vq_word_of(tasks.words, codes[2 * k]), mask = codes[2 * k + 1];
+        const uint at = (vq_funnel(x, x, codes[2 * k]) & mask) + mask;
         level[k] = *(VQ_SHARED(const unsigned short))(levels + at);
       }
       r[i] = level[0] | level[1] << 16;
     }
     vq_put8(row, r);
-    tasks.told += 64, row += 8;
+    tasks.told += 16, row += 8;
   }
 }
 
-// Levels of a head, but those of words that are rings of 1 bit, of this lane's token -> its row of a tile. words: of that
-// token, VQ_COLUMN_TOKENS apart.
-VQ_FN void vq_put_levels(VQ_SHARED(const uint) list, VQ_SHARED(const uint) words, VQ_SHARED(const uint) lookup,
-                         VQ_SHARED(vq_half) row) {
-  uint head[3][4];
-  VQ_UNROLL
-  for (int i = 0; i < 3; ++i) vq_load4_shared(head[i], list + 4 * i);
-  VQ_SHARED(const char) start = (VQ_SHARED(const char))list;
-  VQ_SHARED(vq_half) alone = row + head[VQ_FIRST_ALONE / 4][VQ_FIRST_ALONE % 4];
-  // Written after codes alone, whose last eight may leave room.
-  VQ_SHARED(vq_half) tail = row + head[VQ_FIRST_TAIL / 4][VQ_FIRST_TAIL % 4];
+// Levels of a head, but those of words that are rings of 1 bit, of this lane's token -> its row of a tile. list: behind
+// its header, which is `kinds`; words: of that token, VQ_COLUMN_TOKENS apart.
+VQ_FN void vq_put_levels(VQ_THREAD const VqKinds& kinds, VQ_SHARED(const uint) list, VQ_SHARED(const uint) words,
+                         VQ_SHARED(const uint) lookup, VQ_SHARED(vq_half) row) {
+  const uint first = kinds.counts[0], then = kinds.counts[1];
+  VQ_SHARED(vq_half) tail = row + (kinds.first >> 16);  // written after codes alone, whose last eight may leave room
   VqTasks tasks;
-  tasks.told = start + 4 * VQ_LIST_HEADER, tasks.words = (VQ_SHARED(const char))words;
-  vq_put_alone(tasks, start + head[0][0], lookup, alone);
+  tasks.told = list, tasks.words = (VQ_SHARED(const char))words;
+  vq_put_alone(tasks, first & 255, lookup, row + (kinds.first & 0xffff));
   vq_next(tasks);
-  vq_put_rings<1, false, 32>(tasks, start + head[0][1], lookup, row, tail);
-  vq_put_rings<2, false, 16>(tasks, start + head[0][2], lookup, row, tail);
-  vq_put_rings<3, false, 8>(tasks, start + head[0][3], lookup, row, tail);
-  vq_put_rings<4, false, 8>(tasks, start + head[1][0], lookup, row, tail);
-  vq_put_rings<5, false, 8>(tasks, start + head[1][1], lookup, row, tail);
-  vq_put_rings<1, true, 16>(tasks, start + head[1][2], lookup, row, tail);
-  vq_put_rings<2, true, 8>(tasks, start + head[1][3], lookup, row, tail);
+  vq_put_rings<1, false, 32>(tasks, first >> 8 & 255, lookup, row, tail);
+  vq_put_rings<2, false, 16>(tasks, first >> 16 & 255, lookup, row, tail);
+  vq_put_rings<3, false, 8>(tasks, first >> 24, lookup, row, tail);
+  vq_put_rings<4, false, 8>(tasks, then & 255, lookup, row, tail);
+  vq_put_rings<5, false, 8>(tasks, then >> 8 & 255, lookup, row, tail);
+  vq_put_rings<1, true, 16>(tasks, then >> 16 & 255, lookup, row, tail);
+  vq_put_rings<2, true, 8>(tasks, then >> 24, lookup, row, tail);
 }
 
 // Of a word that is a ring of 1 bit, the indices (windows of three bits, see VqRing<1>) of codes place, place + 4, ...

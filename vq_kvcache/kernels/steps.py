@@ -26,7 +26,7 @@ GROUPS = {"cuda": 264, "metal": 240, "host": 24}  # that fill a GPU: two on each
 class Shape(NamedTuple):
     """What the operands of a plan look like, and which kernel takes them: columns.h with `columns` of them and as many
     thread `groups` to a multiprocessor, or attend.h (0). group: rows of a tile of keys and of values, warps, words
-    fetched ahead; only warps with columns."""
+    fetched ahead; with columns those of a row of a tile, 0, warps, 0."""
 
     place: str
     dtype: mx.Dtype
@@ -62,10 +62,12 @@ class Shape(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """How the work of a shape is split. splits: all of them, those of exact tokens first."""
+    """How the work of a shape is split. splits: all of them, those of exact tokens first; groups: of threads, for each
+    tile of queries of a plane."""
 
     shape: Shape
     splits: int
+    groups: int
 
 
 class Operands(NamedTuple):
@@ -95,11 +97,22 @@ def _tables(keys: SpectralQuantizer, values: SpectralQuantizer, wide: bool, plac
     if not wide and place != "metal":
         chosen = columns.chosen(keys, values)
         if chosen is not None:
-            most, warps, groups, table = chosen
-            return most, table, (0, 0, warps, 0), groups
+            return chosen.most, chosen.table, (chosen.row, 0, chosen.warps, 0), chosen.groups
     stage = 0 if place == "metal" else next(n for n in launches.STAGES if n >= launches.head_words(keys, values))
     group = launches.group_of(*dims, 4 if wide else 2, stage, place)
     return 0, launches.layer_table(keys, values), (*group, stage), 0
+
+
+def _split(exact: int, fewest: int, work: int, room: int, most: int) -> tuple[int, int]:
+    """(groups that share the splits of exact tokens, splits of packed tokens). fewest: of such groups; work: rounds of
+    one split alone, each about as long as a split of exact tokens; room: groups that run at once; most: splits that
+    have something to do."""
+    shared = range(max(fewest, 1), min(exact, room - 1) + 1)
+    tried = [(max(-(-work // min(room - n, most)), -(-exact // n)), n) for n in shared]
+    every = max(min(room, most), 1)
+    waiting = -(-work // every) + 1, exact  # some groups wait for others
+    took, n = min([*tried, waiting])
+    return n, every if (took, n) == waiting else min(room - n, most)
 
 
 @functools.lru_cache(maxsize=256)
@@ -112,20 +125,18 @@ def _numbers(
     groups = GROUPS[shape.place]
     if shape.columns and shape.place == "cuda":
         groups = MULTIPROCESSORS * shape.groups
+    together = shape.group[2] if shape.columns else 1  # warps that take as many tiles each
+    most = max(min(-(-tiles // shape.group[2]), launches.MOST_SPLITS - exact), 1)
+    fewest = 1 if shape.columns else exact
     room = groups // (shape.planes * shape.row_tiles)
-    # Room is left for the groups of exact tokens, unless without it there is a tile less for everyone.
-    warps = shape.group[2]
-    most = min(-(-tiles // warps), launches.MOST_SPLITS - exact)
-    tried = [max(1, min(free, most)) for free in (room - exact, room)]
-    together = warps if shape.columns else 1  # which take as many tiles each
-    splits = min(tried, key=lambda n: -(-tiles // (together * n)))
+    exact_groups, splits = _split(exact, fewest, -(-tiles // together), room, most)
     each = -(-tiles // (together * splits)) * together
     splits = -(-tiles // each)
     params = (
         shape.batch, shape.heads, shape.group_queries, shape.length, exact, splits, capacity, tiles, each, *mask,
-        len(chunks), int(sinks), *sum(chunks, ()),
+        len(chunks), int(sinks), exact_groups, 0, 0, 0, *sum(chunks, ()),
     )  # fmt: skip
-    return Plan(shape, exact + splits), launches.ints(params), launches.rows(layout)
+    return Plan(shape, exact + splits, exact_groups + splits), launches.ints(params), launches.rows(layout)
 
 
 def step(
