@@ -237,7 +237,8 @@ def test_arrays_restored_by_the_kernels_are_those_of_plain_operations(
     unit = {mx.float16: 2.0**-10, mx.bfloat16: 2.0**-7, mx.float32: 2.0**-20}[dtype]
     if prompt:
         exact = held.exact_keys, held.exact_values
-        restored = launches.restore(*again.codes, held.layout, *exact, first, columns, place, prompt=True)
+        rows, start = launches.rows(held.layout), launches.ints(first)
+        restored = launches.restore(*again.codes, rows, *exact, start, columns, place, prompt=True)
     else:
         restored = again.decoded(first, columns)
     for found, plain in zip(restored, expected, strict=True):

@@ -11,7 +11,9 @@ from conftest import like_calibrated, random_codec
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from vq_kvcache import storage
 from vq_kvcache.chunks import MAX_CHUNKS, SMALLEST_CHUNK, Chunk, Chunks, fill_pages
+from vq_kvcache.kernels import launches
 from vq_kvcache.rows import rows_of
 from vq_kvcache.spectral.sealing import BLOCK, LAG, tokens_to_seal
 from vq_kvcache.spectral.spectral_quant import RawQuantizer
@@ -447,3 +449,28 @@ def test_what_kernels_read_is_gathered_again_only_when_it_changes():
         assert not codes._packed  # nothing holds what was written over
         assert codes.packed is not before
         assert [(w.tolist(), n) for w, n in codes.packed] == [(c.words.tolist(), c.tokens) for c in codes.held]
+
+
+def test_handles_of_many_steps_are_traced_once(monkeypatch):
+    """Until more is packed, or a block of tokens has come: a trace costs as much as a dozen layers."""
+    launched = []
+
+    def lazily(launch, place):
+        launched.append(launch.body.name)
+        return [mx.zeros(s, d) for s, d in zip(launch.output_shapes, launch.output_dtypes, strict=True)]
+
+    monkeypatch.setattr(storage, "backend", lambda: "cuda")
+    for name in ("trusted_codes", "trusted_arrays"):
+        monkeypatch.setattr(storage, name, lambda *variant: True)
+    monkeypatch.setattr(launches, "run", lazily)
+    layer = random_codec().plan(2.0).layers[0]
+    held = Storage(layer.keys, layer.values, window=32, sinks=4)
+    heads, dims = held.key_quantizer.mean.shape[0], held.key_quantizer.mean.shape[-1]
+    vectors = mx.zeros((1, heads, 1, dims))
+    held.append(mx.zeros((1, heads, 250, dims)), mx.zeros((1, heads, 250, dims)))
+    held.seal()
+    for _ in range(BLOCK):
+        keys, values = held.snapshot().decoded()
+        assert keys.shape[2] == values.shape[2] == held.length
+        held.append(vectors, vectors)
+    assert len(launched) <= 2 * len(["decode", "decode", "restore"])

@@ -104,7 +104,8 @@ def _attend_decoded(
     if most >= heads:
         codes, chunks = snapshot.codes
         exact = snapshot.exact_keys, snapshot.exact_values
-        keys, values = launches.restore(codes, chunks, layout, *exact, start, length, place, prompt=True)
+        held = launches.rows(layout), *exact, launches.ints(start)
+        keys, values = launches.restore(codes, chunks, *held, length, place, prompt=True)
         return attention(queries, keys, values, scale=scale, mask=mask, sinks=sinks)
     order = None if layout.alike else layout.order(start, length)
     group, results = queries.shape[1] // heads, []

@@ -250,8 +250,9 @@ def wrong_arrays(place: str, key_dims: int, value_dims: int, dtype: mx.Dtype) ->
     case = Case(key_dims, value_dims, bits=3.0, dtype=dtype, batch=2, tokens=200)
     held = snapshot(case)
     exact, unit = (held.exact_keys, held.exact_values), allowed(case, 0.0)
+    rows, start = launches.rows(held.layout), launches.ints((0, 0))
     for prompt in (True, False):
-        found = launches.restore(*held.codes, held.layout, *exact, (0, 0), held.length, place, prompt)
+        found = launches.restore(*held.codes, rows, *exact, start, held.length, place, prompt)
         for b, pair in enumerate(decoded(held)):
             for own, expected in zip(found, pair, strict=True):
                 off = np.abs(np.array(own[b, :, : expected.shape[1]].astype(mx.float32)) - expected).max()

@@ -15,7 +15,7 @@ import mlx.core as mx
 from .chunks import MAX_CHUNKS, Chunk, Chunks, Packed, fill_pages, words_between, written
 from .drift import DriftSums
 from .kernels import backend
-from .kernels.launches import ChunkSizes, Codes, codes, decodes, kept_by_thread, restore
+from .kernels.launches import ChunkSizes, Codes, codes, decodes, ints, kept_by_thread, restore, rows
 from .rows import Rows, rows_of
 from .spectral.sealing import BLOCK, LAG, packed_of, tokens_to_seal
 from .spectral.spectral_quant import Quantizer, RawQuantizer
@@ -93,8 +93,10 @@ class Snapshot:
         total = layout.length if total is None else total
         if self.packed and self.restores:
             own, chunks = self.codes
-            traced = _restoring(self.place, layout, chunks, first, total)
-            return traced(self.exact_keys, self.exact_values, *own)
+            columns = -(-total // BLOCK) * BLOCK  # or it would be traced anew at every step
+            traced = _restoring(self.place, chunks, columns)
+            keys, values = traced(rows(layout), ints(first), self.exact_keys, self.exact_values, *own)
+            return keys[:, :, :total], values[:, :, :total]
         order = None if layout.alike and not any(first) and total == layout.length else layout.order(first, total)
         middle: tuple[mx.array | None, mx.array | None] = self._decoded_codes() if self.packed else (None, None)
         return layout.in_order(self.exact_keys, middle[0], order), layout.in_order(self.exact_values, middle[1], order)
@@ -128,13 +130,13 @@ class Snapshot:
 
 
 @kept_by_thread(16)
-def _restoring(
-    place: str, layout: Rows, chunks: ChunkSizes, first: tuple[int, ...], total: int
-) -> Callable[..., tuple[mx.array, mx.array]]:
-    """`Snapshot.decoded` by the kernels, traced once for all layers of a step."""
+def _restoring(place: str, chunks: ChunkSizes, columns: int) -> Callable[..., tuple[mx.array, mx.array]]:
+    """`Snapshot.decoded` by the kernels, traced once for all layers of a few steps."""
 
-    def restored(keys: mx.array, values: mx.array, *own: Any) -> tuple[mx.array, mx.array]:
-        return restore(Codes(*own), chunks, layout, keys, values, first, total, place)
+    def restored(
+        held: mx.array, first: mx.array, keys: mx.array, values: mx.array, *own: Any
+    ) -> tuple[mx.array, mx.array]:
+        return restore(Codes(*own), chunks, held, keys, values, first, columns, place)
 
     traced: Callable[..., tuple[mx.array, mx.array]] = mx.compile(restored)
     return traced

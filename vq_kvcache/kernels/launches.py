@@ -319,12 +319,13 @@ def _turned(
 
 
 def restore(
-    codes: Codes, chunks: ChunkSizes, layout: Rows, keys: mx.array, values: mx.array, start: tuple[int, ...],
-    columns: int, place: str, prompt: bool = False,
+    codes: Codes, chunks: ChunkSizes, held: mx.array, keys: mx.array, values: mx.array, start: mx.array, columns: int,
+    place: str, prompt: bool = False,
 ) -> tuple[mx.array, mx.array]:  # fmt: skip
     """All keys and values, [B, H, columns, D], of the exact ones [B, H, C, D] and the codes, token j of row b in column
-    start[b] + j. For handles, which every layer makes in every step and hardly anybody reads, three launches and no
-    more; for a `prompt`, which reads them, products of matrices besides."""
+    start[b] + j; zeros in columns of no token. held: `rows` of the layout; start: int32 [B]. For handles, which every
+    layer makes in every step and hardly anybody reads, three launches and no more; for a `prompt`, which reads them,
+    products of matrices besides."""
     batch, heads, capacity, key_dims = keys.shape
     wide = keys.dtype == mx.float32
     if prompt:
@@ -339,7 +340,7 @@ def restore(
     ranks = (basis.shape[1] for basis in codes.bases)
     launch = Launch(
         RESTORE,
-        [*packed, keys, values, rows(layout), ints(start), *bases, *codes.means,
+        [*packed, keys, values, held, start, *bases, *codes.means,
          ints((heads, columns, capacity, stride, *ranks, int(prompt), tokens))],
         [(batch, heads, columns, d) for d in dims],
         [keys.dtype, keys.dtype],
