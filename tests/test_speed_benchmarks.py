@@ -123,7 +123,7 @@ def test_decode_steps_seal_once_a_block_and_hold_what_they_say():
     for told in (row, own):
         assert told["active_bytes"] == pytest.approx(told["nbytes"], rel=0.01)
         assert 0 < told["plain_median_ms"] <= 2 * told["median_ms"]
-        assert min(told["append_ms"], told["build_ms"]) > 0
+        assert min(told["append_ms"], told["build_ms"], told["send_ms"]) > 0
         assert told["peak_above_nbytes"] >= 0
     assert own["nbytes"] == 2 * 2 * 2 * 64 * 2 * 512  # layers, parts, heads, dims, bytes, room for 276 + 138 tokens
     assert row["nbytes"] < own["nbytes"]
@@ -224,15 +224,15 @@ def test_steps_are_held_against_the_fastest_of_mlx_lms_caches():
     own = {"BatchKVCache": step(12.0), "KVCache without padding": step(9.0)}
     table = speed_tables.speed(measured(decode_bf16_512x8=own | {"spectral 2": step(4.5)}))
     row = next(line for line in table.split("\n") if "| spectral 2 |" in line)
-    assert row == "| 512, 8, bf16 | spectral 2 | 2.00 GB | 4.50 ms | 2.00 | 0.25 ms (5.6%) | 0.50 ms | 0.10 GB |"
-    assert "| 512, 8, bf16 | BatchKVCache | 2.00 GB | 12.00 ms |  |  | 0.50 ms | 0.10 GB |" in table
-    assert "Python builds a step's graph faster than any of these runs." in table
+    assert (
+        row == "| 512, 8, bf16 | spectral 2 | 2.00 GB | 4.50 ms | 2.00 | 1.0 ms | 0.25 ms (5.6%) | 0.50 ms | 0.10 GB |"
+    )
+    assert "| 512, 8, bf16 | BatchKVCache | 2.00 GB | 12.00 ms |  | 1.0 ms |  | 0.50 ms | 0.10 GB |" in table
 
 
-def test_steps_that_python_bounds_and_cells_that_failed_are_named():
+def test_cells_that_failed_are_named():
     cell = {"KVCache": step(1.2), "error": "spectral 2: no memory"}
     table = speed_tables.speed(measured(decode_bf16_512x1=cell, prefill_bf16_64={"error": "x"}))
-    assert "bf16 512x1 KVCache (1.0 ms)" in table
     assert "Not run: decode bf16 512x1: spectral 2: no memory; prefill bf16 64: x." in table
 
 
