@@ -13,6 +13,7 @@ import pytest
 from conftest import numpy
 
 from vq_kvcache import doctor, kernels, storage, trust
+from vq_kvcache.attention import attend_codes
 from vq_kvcache.kernels import launches, steps
 
 ON_CPU = mx.default_device().type == mx.DeviceType.cpu
@@ -93,6 +94,20 @@ def test_a_tile_may_hold_a_part_of_the_dims(monkeypatch):
     error, own = doctor.compare(case, PLACE, run)
     assert error <= doctor.allowed(case, own)
     assert [plan.shape.group[:3] for plan in plans] == [(64, 32, 1)]
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_what_is_no_number_is_not_taken_for_nothing(place):
+    """A query of NaN gives NaN, and to others nothing; a row of which nothing is visible gives zero."""
+    p = doctor.problem(doctor.Case(length=2, batch=2))
+    queries = mx.array(p.queries)
+    queries[0, 3, 1, 5] = float("nan")
+    mask = mx.ones((2, 1, 2, p.held.length), mx.bool_)
+    mask[1] = False
+    found = numpy(attend_codes(p.held, queries, p.scale, mask, None, place, run))
+    assert np.isnan(found[0, 3, 1]).all()
+    assert np.isnan(found).sum() == found.shape[-1]
+    assert not found[1].any()
 
 
 @pytest.mark.parametrize("mask", ["none", "added"])

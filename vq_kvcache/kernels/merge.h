@@ -76,6 +76,6 @@ VQ_FN void vq_merge(VQ_IN(float) sums, VQ_IN(float) outputs, VQ_IN(float) unfold
     x = totals[1] * mean[head * DV + d];
     VQ_UNROLL
     for (int p = 0; p < PARTS; ++p) x += folded[p * DV + d];
-    vq_set(result[(plane * queries + query) * DV + d], totals[0] > 0.0f ? x / totals[0] : 0.0f);
+    vq_set(result[(plane * queries + query) * DV + d], totals[0] == 0.0f ? 0.0f : x / totals[0]);
   }
 }
