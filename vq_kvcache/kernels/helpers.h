@@ -257,14 +257,3 @@ VQ_FN VqTile vq_find_tile(VQ_SHARED(const int) chunks, int count, VQ_CHUNK_ARGUM
   t.tokens = tokens, t.token = token, t.first = first + token, t.valid = until - token;
   return t;
 }
-
-// The tile AHEAD tiles after t, within its chunk or from the next one on; `tile` is its number.
-template <int TOKENS, int AHEAD>
-VQ_FN VqTile vq_next_tile(VQ_THREAD const VqTile& t, VQ_SHARED(const int) chunks, int count, VQ_CHUNK_ARGUMENTS, int tile,
-                          int packed, int total_words, int batch) {
-  enum { PASSED = AHEAD * TOKENS };
-  if (t.token + PASSED >= t.tokens) return vq_find_tile<TOKENS>(chunks, count, VQ_CHUNK_NAMES, tile, packed, total_words, batch);
-  VqTile next = t;
-  next.words += PASSED, next.first += PASSED, next.token += PASSED, next.valid -= PASSED;
-  return next;
-}
