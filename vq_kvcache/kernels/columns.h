@@ -480,7 +480,6 @@ VQ_FN void vq_attend_columns(VQ_IN(T) q, VQ_IN(T) keys, VQ_IN(T) values, VQ_CHUN
     for (at.split -= packed; at.split < exact; at.split += params[VQ_EXACT_GROUPS]) {
       vq_attend_exact<T, DK, DV, VQ_QUERIES>(q, keys, values, held, params, table[VQ_OUTPUT_WIDTH], scale[0], hidden,
                                              added, sums, outputs, shared, at, WARPS * 32);
-      VQ_SYNC_GROUP();
     }
   }
 }
