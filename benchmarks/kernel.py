@@ -84,7 +84,8 @@ def main() -> None:
         raise SystemExit(f"no kernels on {mx.default_device()}; expected a GPU that has them; run this on one.")
     start = time.perf_counter()
     variant = place, DIMS, DIMS, mx.bfloat16
-    wrong = doctor.first_wrong(*variant) or doctor.wrong_arrays(*variant) or doctor.wrong_codes(place)
+    program = steps.program_of(*(doctor.quantizer(DIMS, HEADS, 2.0, seed) for seed in (0, 1)), False, place)
+    wrong = doctor.first_wrong(*variant, program) or doctor.wrong_arrays(*variant) or doctor.wrong_codes(place)
     first_use, rate, rows = time.perf_counter() - start, copy_rate(), []
     bits = [float(b) for b in args.bits.split(",")]
     for tokens, batch in tqdm(SHAPES, unit="shape"):

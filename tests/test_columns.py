@@ -7,7 +7,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from vq_kvcache import doctor, kernels
+from vq_kvcache import attention, doctor, kernels
 from vq_kvcache.attention import attend_codes
 from vq_kvcache.kernels import columns, launches, steps
 from vq_kvcache.spectral import codebook, trellis
@@ -102,8 +102,8 @@ def test_looked_up_levels_are_those_of_the_codebooks():
 def test_layouts_with_too_many_columns_go_another_way():
     keys, values = (doctor.quantizer(64, 2, 3.0, seed) for seed in (0, 1))
     made = columns.every_head(keys, values)
-    found = columns.chosen(keys, values)
-    assert np.array_equal(columns.column_table(keys, values, made, found.most), found.table)
+    program, table = columns.chosen(keys, values)
+    assert np.array_equal(columns.column_table(keys, values, made, program.most), table)
     assert columns.column_table(keys, values, made, 48) is None
     case = doctor.Case(bits=3.0)
     held = doctor.snapshot(case)
@@ -147,14 +147,14 @@ def test_rings_that_fill_words_lie_behind_all_that_is_multiplied_with_a_tile():
 
 @pytest.mark.parametrize(
     ("bits", "dims", "expected"),
-    [(1.0, 128, (88, 10, 2)), (2.0, 128, (120, 10, 2)), (3.0, 128, (152, 8, 2)), (6.0, 128, (168, 6, 2)),
-     (1.0, 256, (88, 8, 2)), (7.5, 256, (280, 6, 1))],
+    [(1.0, 128, (120, 10, 2)), (2.0, 128, (120, 10, 2)), (3.0, 128, (152, 8, 2)), (4.0, 128, (152, 5, 3)),
+     (6.0, 128, (168, 6, 2)), (1.0, 256, (120, 8, 2)), (7.5, 256, (280, 6, 1))],
 )  # fmt: skip
 def test_shared_memory_is_shared_out(bits, dims, expected):
     """All groups fit a multiprocessor, and each has what it needs; fewer warps where words or columns are many."""
     keys, values = (doctor.quantizer(dims, 2, bits, seed) for seed in (0, 1))
     made = columns.every_head(keys, values)
-    most, row, warps, groups, _ = columns.chosen(keys, values)
+    (most, row, warps, groups), _ = columns.chosen(keys, values)
     numbers = max(len(made[0][h].numbers) + len(made[1][h].numbers) for h in (0, 1))
     words = launches.head_words(keys, values)
     needed = columns.least_bytes(most, row, dims, words, numbers, warps)
@@ -163,6 +163,26 @@ def test_shared_memory_is_shared_out(bits, dims, expected):
     assert needed <= columns.shared_bytes(groups)
     assert groups * (columns.shared_bytes(groups) + kernels.GROUP_BYTES) <= kernels.SHARED_BYTES
     assert warps * groups <= (columns.NARROW_WARPS if most <= columns.NARROW else columns.WIDE_WARPS)
+
+
+@pytest.mark.parametrize("dims", launches.HEAD_DIMS)
+@pytest.mark.parametrize("bits", [1.0, 2.0, 3.0, 4.0, 6.0, 7.5])
+def test_the_program_that_is_to_be_used_is_the_one_that_is_checked(bits, dims, monkeypatch):
+    keys, values = (doctor.quantizer(dims, 8, bits, seed) for seed in (0, 1))
+    program = steps.program_of(keys, values, False, "cuda")
+    asked, ran = [], []
+    held = doctor.snapshot(doctor.Case(dims, dims, heads=8, bits=bits))
+    monkeypatch.setattr(attention, "trusted", lambda *variant: asked.append(variant) or False)
+    attention._trusts(held, "cuda")
+    assert asked == [("cuda", dims, dims, mx.float16, program)]
+    monkeypatch.setattr(doctor, "attend_codes", lambda *operands: ran.append(operands) or operands[1])
+    doctor.first_wrong("cuda", dims, dims, mx.float16, program)
+    held, queries, scale, mask, sinks, place, _, given = ran[0]
+    assert given == program
+    plan, _ = steps.step(held, queries, scale, mask, sinks, place, program)
+    assert not program or (plan.shape.columns, plan.shape.group[::2], plan.shape.groups) == (
+        program.most, (program.row, program.warps), program.groups,
+    )  # fmt: skip
 
 
 def test_a_step_of_many_layers_is_planned_once(monkeypatch):
@@ -200,8 +220,8 @@ def test_a_mask_of_every_token_is_not_traced_anew_at_every_step(monkeypatch):
 
 def test_tables_go_with_their_quantizers():
     keys, values = (doctor.quantizer.__wrapped__(64, 2, 2.25, seed) for seed in (0, 1))
-    steps._tables(keys, values, False, "cuda")
-    steps._tables(keys, values, True, "cuda")
+    for wide in (False, True):
+        steps.program_of(keys, values, wide, "cuda")
     launches.word_table(keys)
     alive = weakref.ref(keys)
     del keys, values

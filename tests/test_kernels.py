@@ -110,16 +110,22 @@ def test_what_is_no_number_is_not_taken_for_nothing(place):
     assert not found[1].any()
 
 
+@pytest.fixture
+def _planned_anew():
+    steps._numbers.cache_clear()
+    yield
+    steps._numbers.cache_clear()
+
+
+@pytest.mark.usefixtures("_planned_anew")
 @pytest.mark.parametrize("mask", ["none", "added"])
 def test_a_group_may_take_several_splits_of_exact_tokens(mask, monkeypatch):
     monkeypatch.setattr(steps, "_split", lambda exact, fewest, work, room, most: (2 if fewest == 1 else exact, 1))
-    steps._numbers.cache_clear()
     case = doctor.Case(96, 64, bits=3.25, batch=2, mask=mask, tokens=600, window=300)
     held = doctor.snapshot(case)
     plan, _ = steps.step(held, mx.zeros((2, 8, 1, 96), mx.float16), 1.0, None, None, PLACE)
     assert plan.groups < plan.splits or not plan.shape.columns
     error, own = doctor.compare(case, PLACE, run)
-    steps._numbers.cache_clear()
     assert error <= doctor.allowed(case, own)
 
 
@@ -161,8 +167,11 @@ class TestTrust:
     def test_kernels_that_are_right_are_used(self, place, monkeypatch):
         monkeypatch.setattr(kernels, "run", run)
         monkeypatch.setattr(launches, "run", run)
-        monkeypatch.setattr(doctor, "compare", lambda case, place, own=doctor.compare: own(case, place, run))
-        assert trust.trusted(place, 64, 64, mx.float16)
+        monkeypatch.setattr(
+            doctor, "compare", lambda case, place, program, own=doctor.compare: own(case, place, run, program)
+        )
+        pair = [doctor.quantizer(64, 2, 2.0, seed) for seed in (0, 1)]
+        assert trust.trusted(place, 64, 64, mx.float16, steps.program_of(*pair, False, place))
         assert trust.trusted_codes(place)
         assert trust.trusted_arrays(place, 64, 96, mx.float16)
 

@@ -15,7 +15,7 @@ from typing import Literal
 import mlx.core as mx
 
 from . import kernels
-from .kernels import launches, steps
+from .kernels import columns, launches, steps
 from .rows import Rows
 from .spectral.intercept import original_attention
 from .storage import Snapshot
@@ -80,9 +80,11 @@ def attend_codes(
     sinks: mx.array | None,
     place: str,
     run: Run | None = None,
+    program: columns.Program | None = None,
 ) -> mx.array:
-    """`attend` by the kernels, for at most launches.MOST_QUERIES tokens; `run` launches one, without tracing."""
-    plan, operands = steps.step(snapshot, queries, scale, mask, sinks, place)
+    """`attend` by the kernels, for at most launches.MOST_QUERIES tokens; `run` launches one, without tracing, and
+    `program` is asked for in place of the one for these codes."""
+    plan, operands = steps.step(snapshot, queries, scale, mask, sinks, place, program)
     return steps.attend(plan, operands) if run is None else steps.attend_by(run, plan, operands)
 
 
@@ -154,7 +156,8 @@ def keep_pace(*arrays: mx.array) -> None:
 
 def _trusts(snapshot: Snapshot, place: str) -> bool:
     keys, values = snapshot.exact_keys, snapshot.exact_values
-    return trusted(place, keys.shape[3], values.shape[3], keys.dtype)
+    program = steps.program_of(*launches.spectral(snapshot), keys.dtype == mx.float32, place)
+    return trusted(place, keys.shape[3], values.shape[3], keys.dtype, program)
 
 
 def attend_ops(

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from . import kernels
 from .attention import Mask, Run, attend_codes
 from .chunks import Packed
-from .kernels import launches
+from .kernels import columns, launches
 from .rows import rows_of
 from .spectral.bit_allocator import gaussian_costs
 from .spectral.codebook import distortion
@@ -57,7 +57,8 @@ class Case:
         )
 
 
-# Of few bits: one program serves all three at most head_dims, and most layers.
+# Of so many bits, or as many as the program that is to be used takes.
+FEWER = 2.0, 1.5, 1.0, 0.75, 0.5
 FIRST: tuple[dict[str, Any], ...] = (
     {"bits": 2.25, "tokens": 200},
     {"bits": 3.0, "length": 2, "mask": "causal", "tokens": 160},
@@ -221,10 +222,12 @@ def problem(case: Case) -> Problem:
     return Problem(held, queries, scale, mask, logits, np.stack(expected), np.stack(stock))
 
 
-def compare(case: Case, place: str, run: Run | None = None) -> tuple[float, float]:
+def compare(
+    case: Case, place: str, run: Run | None = None, program: columns.Program | None = None
+) -> tuple[float, float]:
     """(largest error of the kernels, largest error of MLX's attention on the decoded arrays), against float64."""
     p = problem(case)
-    found = attend_codes(p.held, p.queries, p.scale, p.mask, p.sinks, place, run)
+    found = attend_codes(p.held, p.queries, p.scale, p.mask, p.sinks, place, run, program)
     errors = [np.abs(x - p.expected).max() for x in (np.array(found.astype(mx.float32)), p.stock)]
     return float(errors[0]) if np.isfinite(errors[0]) else float("inf"), float(errors[1])
 
@@ -235,11 +238,24 @@ def allowed(case: Case, stock: float) -> float:
     return 2 * stock + unit
 
 
-def first_wrong(place: str, key_dims: int, value_dims: int, dtype: mx.Dtype) -> str:
+def _taken(case: Case, program: columns.Program) -> Case:
+    """The same case of as many bits as this program takes."""
+    for bits in case.bits, *FEWER:
+        keys, values = (quantizer(d, case.heads, bits, i) for i, d in enumerate((case.key_dims, case.value_dims)))
+        if bits <= case.bits and columns.chosen(keys, values, program) is not None:
+            return dataclasses.replace(case, bits=bits)
+    raise RuntimeError(f"{program} takes no codes of {FEWER[-1]} bits")
+
+
+def first_wrong(
+    place: str, key_dims: int, value_dims: int, dtype: mx.Dtype, program: columns.Program | None = None
+) -> str:
     """The first of three small cases of the variant that is to be used that is wrong, or nothing."""
     for changes in FIRST:
         case = Case(key_dims, value_dims, dtype=dtype, **changes)
-        found, stock = compare(case, place)
+        if program is not None:
+            case = _taken(case, program)
+        found, stock = compare(case, place, program=program)
         if found > allowed(case, stock):
             return f"{case}: error {found:.2g}, MLX's own {stock:.2g}"
     return ""
@@ -250,12 +266,14 @@ def wrong_arrays(place: str, key_dims: int, value_dims: int, dtype: mx.Dtype) ->
     case = Case(key_dims, value_dims, bits=3.0, dtype=dtype, batch=2, tokens=200)
     held = snapshot(case)
     exact, unit = (held.exact_keys, held.exact_values), allowed(case, 0.0)
-    rows, start = launches.rows(held.layout), launches.ints((0, 0))
+    rows, first = launches.rows(held.layout), (0, 7)
     for prompt in (True, False):
-        found = launches.restore(*held.codes, rows, *exact, start, held.length, place, prompt)
+        found = launches.restore(*held.codes, rows, *exact, launches.ints(first), held.length + 56, place, prompt)
         for b, pair in enumerate(decoded(held)):
-            for own, expected in zip(found, pair, strict=True):
-                off = np.abs(np.array(own[b, :, : expected.shape[1]].astype(mx.float32)) - expected).max()
+            for own, tokens in zip(found, pair, strict=True):
+                behind = own.shape[2] - first[b] - tokens.shape[1]
+                expected = np.pad(tokens, [(0, 0), (first[b], behind), (0, 0)])  # columns of no token are zero
+                off = np.abs(np.array(own[b].astype(mx.float32)) - expected).max()
                 # MLX's own products of float32 have TF32's ten bits, where there is TF32.
                 if not off <= (max(unit, 2.0**-9) if prompt else unit) * np.abs(expected).max():
                     return f"{case}: {'prompts' if prompt else 'handles'} off by {off:.2g}"

@@ -8,20 +8,22 @@ from collections.abc import Callable
 import mlx.core as mx
 
 from . import kernels
-from .kernels import launches
+from .kernels import columns, launches
 from .spectral.spectral_quant import Quantizer, SpectralQuantizer
 
 
 @functools.cache
-def trusted(place: str, key_dims: int, value_dims: int, dtype: mx.Dtype) -> bool:
+def trusted(
+    place: str, key_dims: int, value_dims: int, dtype: mx.Dtype, program: columns.Program | None = None
+) -> bool:
     """Whether the kernels of this back-end agree with attention in float64 here: three small shapes of few bits, of
-    these dimensions and this kind of numbers, once a process.
+    these dimensions, this kind of numbers and this program, once a process.
 
     False, with a warning, when they do not or fail to build; RuntimeError when VQ_KVCACHE_BACKEND asks for them.
     """
     from .doctor import first_wrong
 
-    return _right(place, lambda: first_wrong(place, key_dims, value_dims, dtype))
+    return _right(place, lambda: first_wrong(place, key_dims, value_dims, dtype, program))
 
 
 @functools.cache

@@ -7,7 +7,6 @@ unfolded, in that order. What there is to decode is told of task by task, as loo
 
 import functools
 import itertools
-from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
 import mlx.core as mx
@@ -16,7 +15,7 @@ import numpy as np
 from ..spectral import codebook, trellis
 from ..spectral.packing import Layout, Segment
 from ..spectral.spectral_quant import SpectralQuantizer
-from . import COLUMNS, FOLD, GROUP_BYTES, MOST_GROUPS, SHARED_BYTES, Launch
+from . import COLUMNS, FOLD, GROUP_BYTES, SHARED_BYTES, Launch
 from .launches import HEAD_INTS, evaluated, head_words
 
 if TYPE_CHECKING:
@@ -24,17 +23,19 @@ if TYPE_CHECKING:
 
 QUERIES = 8  # of a thread group
 TOKENS = 32  # of a warp's tile
-MOST_WARPS = 10  # of a thread group
+# Warps of a thread group, and groups that a multiprocessor works on at once, the most warps first; few of these, and
+# few lengths of a row, so that few programs serve all layers.
+GROUPS = ((10, 2), (8, 2), (5, 3), (6, 2), (10, 1), (8, 1), (6, 1), (4, 1), (2, 1), (1, 1))
 # Warps of a multiprocessor, whose registers they share: with sums of at most NARROW columns, and with more.
 NARROW, NARROW_WARPS, WIDE_WARPS = 176, 20, 16
-LEAST_ROW = 88  # columns of a row of a tile; or 32 more, and so on: few programs serve many layers
+SHORT_ROW = 120  # columns of a row of a tile that suffice for few bits
 FOLD_THREADS, FOLDED = 256, 4  # of a thread group, and columns of each of its warps
 HEADER_INTS = 16
 LOOKUP = 288
 ALONE = 32
 LIST_HEADER = 4
-# Columns beyond head_dim, which rings that are not full leave empty: a row's length is an odd multiple of eight. With
-# fewer of them more thread groups find room.
+# Columns of the longest row beyond head_dim, which rings that are not full leave empty; it is an odd multiple of eight.
+# With fewer of them more thread groups find room.
 SPARE = (24, 40, 56)
 # The slots of a ring in the order of its columns, eight at a time; what is left of a ring of ten goes to the pairs.
 RING_SLOTS = {
@@ -72,7 +73,7 @@ class HeadColumns(NamedTuple):
         return [*self.order, *empty, *itertools.chain(*rings)]
 
     def fits(self, most: int) -> bool:
-        """Whether `most` columns, of which a row holds eight less, are enough: products take 32 at a time."""
+        """Whether `most` columns, of which the longest row holds eight less, are enough: products take 32 at a time."""
         tile = min(-(-len(self.order) // 32) * 32, most)
         return self.written <= most - 8 and tile + 32 * len(self.whole) <= most
 
@@ -154,8 +155,7 @@ def every_head(keys: SpectralQuantizer, values: SpectralQuantizer) -> Heads:
 
 def column_table(keys: SpectralQuantizer, values: SpectralQuantizer, made: Heads, most: int) -> mx.array | None:
     """int32: header, entries of the heads of keys and then of values, their lists, and the order of each head's
-    columns; None when a head needs more columns than a row holds. most: MC, columns of the products, eight more than a
-    row of a tile holds."""
+    columns; None when a head needs more columns than products have, MC: `most`, eight more than the longest row."""
     layouts = keys.layout, values.layout
     heads = layouts[0].heads
     if not all(one.fits(most) for part in made for one in part):
@@ -204,47 +204,40 @@ def least_bytes(most: int, row: int, key_dims: int, words: int, numbers: int, wa
     return max(before + max(own, gathering), 4 * QUERIES * (key_dims + 64))
 
 
-def groups_of(needed: Callable[[int], int], most_warps: int) -> tuple[int, int]:
-    """(warps of a thread group, groups that one multiprocessor works on at once): as many warps in all as find room, in
-    as few groups, whose sums are to be merged. needed: bytes of a group of so many warps; most_warps: in all. Two zeros
-    when none does."""
-
-    def both(warps: int) -> tuple[int, int]:
-        held = SHARED_BYTES // (needed(warps) + GROUP_BYTES)
-        return warps, min(held, most_warps // warps, MOST_GROUPS)
-
-    found = max(map(both, range(1, MOST_WARPS + 1)), key=lambda own: (own[0] * own[1], own[0]))
-    return found if found[1] else (0, 0)
-
-
-class Chosen(NamedTuple):
-    """How the codes of a layer are read. most: MC; row: columns of a row of a tile; warps: of a thread group; groups:
-    of a multiprocessor."""
+class Program(NamedTuple):
+    """What the kernel is compiled for besides dims and dtype. most: MC; row: columns of a row of a tile; warps: of a
+    thread group; groups: that share a multiprocessor."""
 
     most: int
     row: int
     warps: int
     groups: int
-    table: mx.array
 
 
-def chosen(keys: SpectralQuantizer, values: SpectralQuantizer) -> Chosen | None:
-    """None when these codes do not fit."""
+def chosen(
+    keys: SpectralQuantizer, values: SpectralQuantizer, program: Program | None = None
+) -> tuple[Program, mx.array] | None:
+    """(program, table): the program with the fewest columns and then the most warps that takes these codes, or the
+    given one; None when it, or every one, has too little room."""
     made = every_head(keys, values)
     dims = keys.synthesis.shape[-1], values.synthesis.shape[-1]
     words = head_words(keys, values)
     numbers = max(len(own.numbers) + len(other.numbers) for own, other in zip(*made, strict=True))
     written = max(own.written for part in made for own in part)
-    for spare in SPARE:
-        most = max(dims) + spare + 8
-        table = column_table(keys, values, made, most)
-        if table is None:
-            continue
-        row = next(n for n in (*range(LEAST_ROW, most - 8, 32), most - 8) if n >= written)
-        needed = functools.partial(least_bytes, most, row, dims[0], words, numbers)
-        warps, groups = groups_of(needed, NARROW_WARPS if most <= NARROW else WIDE_WARPS)
-        if groups:
-            return Chosen(most, row, warps, groups, table)
+
+    def has_room(p: Program) -> bool:
+        shared = least_bytes(p.most, p.row, dims[0], words, numbers, p.warps)
+        enough = NARROW_WARPS if p.most <= NARROW else WIDE_WARPS
+        return written <= p.row and p.warps * p.groups <= enough and shared <= shared_bytes(p.groups)
+
+    tried = itertools.product((max(dims) + spare + 8 for spare in SPARE), GROUPS)
+    programs = [
+        Program(most, SHORT_ROW if written <= SHORT_ROW < most - 8 else most - 8, *own) for most, own in tried
+    ] if program is None else [program]  # fmt: skip
+    for found in filter(has_room, programs):
+        table = column_table(keys, values, made, found.most)
+        if table is not None:
+            return found, table
     return None
 
 

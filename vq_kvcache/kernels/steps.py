@@ -91,13 +91,16 @@ class Operands(NamedTuple):
 
 
 @launches.kept_with_keys
-def _tables(keys: SpectralQuantizer, values: SpectralQuantizer, wide: bool, place: str) -> Any:
+def _tables(
+    keys: SpectralQuantizer, values: SpectralQuantizer, wide: bool, place: str, program: columns.Program | None
+) -> Any:
     """(columns or 0, table, group, groups): which kernel reads these codes, and with what."""
     dims = keys.synthesis.shape[-1], values.synthesis.shape[-1]
     if not wide and place != "metal":
-        chosen = columns.chosen(keys, values)
+        chosen = columns.chosen(keys, values, program)
         if chosen is not None:
-            return chosen.most, chosen.table, (chosen.row, 0, chosen.warps, 0), chosen.groups
+            own, table = chosen
+            return own.most, table, (own.row, 0, own.warps, 0), own.groups
     stage = 0 if place == "metal" else next(n for n in launches.STAGES if n >= launches.head_words(keys, values))
     group = launches.group_of(*dims, 4 if wide else 2, stage, place)
     return 0, launches.layer_table(keys, values), (*group, stage), 0
@@ -139,14 +142,23 @@ def _numbers(
     return Plan(shape, exact + splits, exact_groups + splits), launches.ints(params), launches.rows(layout)
 
 
+def program_of(
+    keys: SpectralQuantizer, values: SpectralQuantizer, wide: bool, place: str
+) -> columns.Program | None:  # fmt: skip
+    """The program of columns.h that reads these codes; None where attend.h does."""
+    most, _, (row, _, warps, _), groups = _tables(keys, values, wide, place, None)
+    return columns.Program(most, row, warps, groups) if most else None
+
+
 def step(
-    snapshot: "Snapshot", queries: mx.array, scale: float, mask: Any, sinks: mx.array | None, place: str
-) -> tuple[Plan, Operands]:
-    """How the attention of these queries is launched, and with what."""
+    snapshot: "Snapshot", queries: mx.array, scale: float, mask: Any, sinks: mx.array | None, place: str,
+    program: columns.Program | None = None,
+) -> tuple[Plan, Operands]:  # fmt: skip
+    """How the attention of these queries is launched, and with what; `program` in place of the one for these codes."""
     keys, values = launches.spectral(snapshot)
     batch, query_heads, length, key_dims = queries.shape
     _, heads, capacity, value_dims = snapshot.exact_values.shape
-    most, table, group, groups = _tables(keys, values, queries.dtype == mx.float32, place)
+    most, table, group, groups = _tables(keys, values, queries.dtype == mx.float32, place, program)
     shape = Shape(
         place, queries.dtype, batch, heads, query_heads // heads, length, key_dims, value_dims, most, group, groups
     )  # fmt: skip
