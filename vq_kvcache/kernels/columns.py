@@ -25,7 +25,7 @@ QUERIES = 8  # of a thread group
 TOKENS = 32  # of a warp's tile
 # Warps of a thread group, and groups that a multiprocessor works on at once, the most warps first; few of these, and
 # few lengths of a row, so that few programs serve all layers.
-GROUPS = ((10, 2), (8, 2), (5, 3), (6, 2), (10, 1), (8, 1), (6, 1), (4, 1), (2, 1), (1, 1))
+SIZES = ((10, 2), (8, 2), (5, 3), (6, 2), (10, 1), (8, 1), (6, 1), (4, 1), (2, 1), (1, 1))
 # Warps of a multiprocessor, whose registers they share: with sums of at most NARROW columns, and with more.
 NARROW, NARROW_WARPS, WIDE_WARPS = 176, 20, 16
 SHORT_ROW = 120  # columns of a row of a tile that suffice for few bits
@@ -230,13 +230,12 @@ def chosen(
         enough = NARROW_WARPS if p.most <= NARROW else WIDE_WARPS
         return written <= p.row and p.warps * p.groups <= enough and shared <= shared_bytes(p.groups)
 
-    tried = itertools.product((max(dims) + spare + 8 for spare in SPARE), GROUPS)
-    programs = [
-        Program(most, SHORT_ROW if written <= SHORT_ROW < most - 8 else most - 8, *own) for most, own in tried
-    ] if program is None else [program]  # fmt: skip
-    for found in filter(has_room, programs):
-        table = column_table(keys, values, made, found.most)
-        if table is not None:
+    for most in [max(dims) + spare + 8 for spare in SPARE] if program is None else [program.most]:
+        row = SHORT_ROW if written <= SHORT_ROW < most - 8 else most - 8
+        programs = [Program(most, row, *size) for size in SIZES] if program is None else [program]
+        found = next(filter(has_room, programs), None)
+        table = column_table(keys, values, made, most)
+        if found and table is not None:
             return found, table
     return None
 
