@@ -205,6 +205,17 @@ def test_a_step_of_many_layers_is_planned_once(monkeypatch):
     assert [r[0, 0, 0, 0].item() for r in results] == [1, 2, 3]
 
 
+def test_a_trace_is_given_the_chunks_that_there_are(monkeypatch):
+    """As many arrays as a plan may have of chunks: another number of them is another trace."""
+    monkeypatch.setattr(steps, "attend_by", lambda run, plan, o: o.queries * len(o.words))
+    monkeypatch.setattr(steps, "_traced", launches.kept_by_thread(2)(steps._traced.__wrapped__))
+    queries = mx.ones((1, 8, 1, 64), mx.float16)
+    plan, operands = steps.step(doctor.snapshot(doctor.Case(bits=2.25)), queries, 0.5, None, None, "cuda")
+    assert len(operands.words) == 3
+    for count in (3, 1, 2, 3):
+        assert steps.attend(plan, operands._replace(words=operands.words[:count]))[0, 0, 0, 0].item() == count
+
+
 def test_a_mask_of_every_token_is_not_traced_anew_at_every_step(monkeypatch):
     traced = []
     monkeypatch.setattr(steps, "attend_by", lambda run, plan, o: o.queries * 1)

@@ -40,11 +40,9 @@ class Packed(tuple[tuple[mx.array, int], ...]):
 
     @functools.cached_property
     def inputs(self) -> tuple[list[mx.array], tuple[tuple[int, int], ...]]:
-        """What kernels read: MAX_CHUNKS buffers, those of no chunk empty, and (columns in use, capacity) of the others.
-        MLX sends work to a GPU after so many bytes of inputs, so no large buffer is named twice."""
+        """What kernels read: the words, and (columns in use, capacity), of each chunk."""
         words = [_padded(held) if held.shape[-1] % 4 else held for held, _ in self]
-        sizes = tuple((tokens, own.shape[-1]) for (_, tokens), own in zip(self, words, strict=True))
-        return words + [nothing(mx.uint32)] * (MAX_CHUNKS - len(words)), sizes
+        return words, tuple((tokens, own.shape[-1]) for (_, tokens), own in zip(self, words, strict=True))
 
 
 def _padded(words: mx.array) -> mx.array:

@@ -16,7 +16,7 @@ from ..spectral import codebook, trellis
 from ..spectral.packing import Layout, Segment
 from ..spectral.spectral_quant import SpectralQuantizer
 from . import COLUMNS, FOLD, GROUP_BYTES, SHARED_BYTES, Launch
-from .launches import HEAD_INTS, evaluated, head_words
+from .launches import HEAD_INTS, chunk_inputs, evaluated, head_words
 
 if TYPE_CHECKING:
     from .steps import Operands, Plan
@@ -267,8 +267,8 @@ def attend(plan: "Plan", o: "Operands", folded: list[mx.array]) -> Launch:
     most, every = shape.columns, (shape.planes, plan.splits, shape.rows)
     return Launch(
         COLUMNS,
-        [o.queries, o.exact_keys, o.exact_values, *o.words, o.held, *folded, o.table, lookup(), o.params, o.scale,
-         o.hidden, o.added],
+        [o.queries, o.exact_keys, o.exact_values, *chunk_inputs(o.words), o.held, *folded, o.table, lookup(), o.params,
+         o.scale, o.hidden, o.added],
         [(*every, 2), (*every, most)],
         [mx.float32, mx.float32],
         (shape.planes, plan.groups, shape.row_tiles),  # exact tokens of all planes last

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 import mlx.core as mx
 import numpy as np
 
-from ..chunks import nothing
+from ..chunks import MAX_CHUNKS, nothing
 from ..rows import Rows
 from ..spectral import codebook, trellis
 from ..spectral.packing import Layout
@@ -263,6 +263,12 @@ def codes(snapshot: "Snapshot") -> tuple[Codes, ChunkSizes]:
     return Codes(words, layer_table(keys, values), bases, means), chunks
 
 
+def chunk_inputs(words: list[mx.array]) -> list[mx.array]:
+    """MAX_CHUNKS buffers, those of no chunk empty. Not before a kernel is asked for: each array that a trace is given
+    takes time in every layer. No large buffer is named twice: MLX sends work to a GPU after so many bytes of inputs."""
+    return [*words, *[nothing(mx.uint32)] * (MAX_CHUNKS - len(words))]
+
+
 def decode(snapshot: "Snapshot", part: int, first_head: int, heads: int, dtype: mx.Dtype) -> Launch:
     """The launch of decode.h: levels [B, heads, dims, tokens, to an even number] of keys (0) or values (1)."""
     return _decode(*codes(snapshot), part, first_head, heads, dtype)
@@ -277,7 +283,7 @@ def _decode(codes: Codes, chunks: ChunkSizes, part: int, first_head: int, heads:
     )
     return Launch(
         DECODE,
-        [*codes.words, codes.table, levels(), params],
+        [*chunk_inputs(codes.words), codes.table, levels(), params],
         [(batch, heads, dims, stride)],
         [dtype],
         (tiles_of(chunks, TOKENS), heads, batch),

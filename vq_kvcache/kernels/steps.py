@@ -181,8 +181,8 @@ def _attend_launch(plan: Plan, o: Operands) -> Launch:
     dims = shape.key_dims, shape.value_dims
     return Launch(
         ATTEND,
-        [o.queries, o.exact_keys, o.exact_values, *o.words, o.held, o.key_basis, o.key_mean, o.table, launches.levels(),
-         o.params, o.scale, o.hidden, o.added],
+        [o.queries, o.exact_keys, o.exact_values, *launches.chunk_inputs(o.words), o.held, o.key_basis, o.key_mean,
+         o.table, launches.levels(), o.params, o.scale, o.hidden, o.added],
         [(*every, 2), (*every, shape.value_dims)],
         [mx.float32, mx.float32],
         (plan.splits, shape.planes, shape.row_tiles),
