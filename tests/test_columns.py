@@ -104,13 +104,14 @@ def test_layouts_with_too_many_columns_go_another_way():
     made = columns.every_head(keys, values)
     program, table = columns.chosen(keys, values)
     assert np.array_equal(columns.column_table(keys, values, made, program.most), table)
+    assert (program.warps, program.groups) == (10, 2)
     assert columns.column_table(keys, values, made, 48) is None
     case = doctor.Case(bits=3.0)
     held = doctor.snapshot(case)
     queries = mx.zeros((1, 8, 1, 64), mx.float16)
     for place, dtype, taken in (("cuda", mx.float16, True), ("cuda", mx.float32, False), ("metal", mx.float16, False)):
         plan, _ = steps.step(held, queries.astype(dtype), 1.0, None, None, place)
-        assert bool(plan.shape.columns) == taken
+        assert bool(plan.shape.program) == taken
 
 
 @pytest.mark.parametrize(
@@ -125,7 +126,8 @@ def test_layouts_with_too_many_columns_go_another_way():
 )
 def test_groups_fill_the_machine(planes, packed, exact, splits, groups):
     """Two on each multiprocessor where there are tokens enough; those of exact tokens take no room from others."""
-    shape = steps.Shape("cuda", mx.float16, planes // 4, 4, 4, 1, 128, 128, 160, (120, 0, 10, 0), 2)
+    program = columns.Program(160, 120, 10, 2)
+    shape = steps.Shape("cuda", mx.float16, planes // 4, 4, 4, 1, 128, 128, program, None)
     rows = doctor.rows_of((0,) * (planes // 4), (0,) * (planes // 4), 64 * exact, (packed,) * (planes // 4))
     plan, params, _ = steps._numbers(shape, rows, 256, ((packed, packed),), (0, 0, 0, 0, 0), False)
     numbers = np.array(params)
@@ -162,6 +164,7 @@ def test_shared_memory_is_shared_out(bits, dims, expected):
     assert all(own.written <= row <= most - 8 for part in made for own in part)
     assert needed <= columns.shared_bytes(groups)
     assert groups * (columns.shared_bytes(groups) + kernels.GROUP_BYTES) <= kernels.SHARED_BYTES
+    assert 32 * warps * groups <= kernels.MOST_THREADS
     assert warps * groups <= (columns.NARROW_WARPS if most <= columns.NARROW else columns.WIDE_WARPS)
 
 
@@ -180,9 +183,7 @@ def test_the_program_that_is_to_be_used_is_the_one_that_is_checked(bits, dims, m
     held, queries, scale, mask, sinks, place, _, given = ran[0]
     assert given == program
     plan, _ = steps.step(held, queries, scale, mask, sinks, place, program)
-    assert not program or (plan.shape.columns, plan.shape.group[::2], plan.shape.groups) == (
-        program.most, (program.row, program.warps), program.groups,
-    )  # fmt: skip
+    assert plan.shape.program == program
 
 
 def test_a_step_of_many_layers_is_planned_once(monkeypatch):

@@ -57,8 +57,8 @@ class Case:
         )
 
 
-# Of so many bits, or as many as the program that is to be used takes.
 FEWER = 2.0, 1.5, 1.0, 0.75, 0.5
+# Of so many bits, or as many of FEWER as the program that is to be used takes.
 FIRST: tuple[dict[str, Any], ...] = (
     {"bits": 2.25, "tokens": 200},
     {"bits": 3.0, "length": 2, "mask": "causal", "tokens": 160},

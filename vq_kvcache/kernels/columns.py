@@ -15,7 +15,7 @@ import numpy as np
 from ..spectral import codebook, trellis
 from ..spectral.packing import Layout, Segment
 from ..spectral.spectral_quant import SpectralQuantizer
-from . import COLUMNS, FOLD, GROUP_BYTES, SHARED_BYTES, Launch
+from . import COLUMNS, FOLD, GROUP_BYTES, MOST_THREADS, SHARED_BYTES, Launch
 from .launches import HEAD_INTS, chunk_inputs, evaluated, head_words
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ TOKENS = 32  # of a warp's tile
 # few lengths of a row, so that few programs serve all layers.
 SIZES = ((10, 2), (8, 2), (5, 3), (6, 2), (10, 1), (8, 1), (6, 1), (4, 1), (2, 1), (1, 1))
 # Warps of a multiprocessor, whose registers they share: with sums of at most NARROW columns, and with more.
-NARROW, NARROW_WARPS, WIDE_WARPS = 176, 20, 16
+NARROW, NARROW_WARPS, WIDE_WARPS = 176, MOST_THREADS // 32, 16
 SHORT_ROW = 120  # columns of a row of a tile that suffice for few bits
 FOLD_THREADS, FOLDED = 256, 4  # of a thread group, and columns of each of its warps
 HEADER_INTS = 16
@@ -245,10 +245,14 @@ def shared_bytes(groups: int) -> int:
     return SHARED_BYTES // groups // 16 * 16 - GROUP_BYTES
 
 
+def _program(plan: "Plan") -> Program:
+    assert plan.shape.program is not None  # or attend.h is launched
+    return plan.shape.program
+
+
 def fold(plan: "Plan", o: "Operands") -> Launch:
     """The launch of vq_fold_columns."""
-    shape = plan.shape
-    tiles, most = shape.row_tiles, shape.columns
+    shape, tiles, most = plan.shape, plan.shape.row_tiles, _program(plan).most
     return Launch(
         FOLD,
         [o.queries, o.key_basis, o.key_mean, o.table, o.params, o.scale],
@@ -263,8 +267,8 @@ def fold(plan: "Plan", o: "Operands") -> Launch:
 
 def attend(plan: "Plan", o: "Operands", folded: list[mx.array]) -> Launch:
     """The launch of vq_attend_columns."""
-    shape = plan.shape
-    most, every = shape.columns, (shape.planes, plan.splits, shape.rows)
+    shape, (most, row, warps, groups) = plan.shape, _program(plan)
+    every = shape.planes, plan.splits, shape.rows
     return Launch(
         COLUMNS,
         [o.queries, o.exact_keys, o.exact_values, *chunk_inputs(o.words), o.held, *folded, o.table, lookup(), o.params,
@@ -272,8 +276,8 @@ def attend(plan: "Plan", o: "Operands", folded: list[mx.array]) -> Launch:
         [(*every, 2), (*every, most)],
         [mx.float32, mx.float32],
         (shape.planes, plan.groups, shape.row_tiles),  # exact tokens of all planes last
-        shape.group[2] * 32,
-        shared_bytes(shape.groups),
-        (("T", shape.dtype), ("DK", shape.key_dims), ("DV", shape.value_dims), ("MC", most), ("ROW", shape.group[0]),
-         ("WARPS", shape.group[2])),
+        warps * 32,
+        shared_bytes(groups),
+        (("T", shape.dtype), ("DK", shape.key_dims), ("DV", shape.value_dims), ("MC", most), ("ROW", row),
+         ("WARPS", warps)),
     )  # fmt: skip

@@ -24,9 +24,8 @@ GROUPS = {"cuda": 264, "metal": 240, "host": 24}  # that fill a GPU: two on each
 
 
 class Shape(NamedTuple):
-    """What the operands of a plan look like, and which kernel takes them: columns.h with `columns` of them and as many
-    thread `groups` to a multiprocessor, or attend.h (0). group: rows of a tile of keys and of values, warps, words
-    fetched ahead; with columns those of a row of a tile, 0, warps, 0."""
+    """What the operands of a plan look like, and which kernel takes them: this program of columns.h, or attend.h with
+    this group (rows of a tile of keys and of values, warps, words fetched ahead)."""
 
     place: str
     dtype: mx.Dtype
@@ -36,9 +35,16 @@ class Shape(NamedTuple):
     length: int
     key_dims: int
     value_dims: int
-    columns: int
-    group: tuple[int, int, int, int]
-    groups: int
+    program: columns.Program | None
+    group: tuple[int, int, int, int] | None
+
+    @property
+    def warps(self) -> int:
+        """Of a thread group."""
+        if self.program is not None:
+            return self.program.warps
+        assert self.group is not None  # one of the two kernels takes them
+        return self.group[2]
 
     @property
     def rows(self) -> int:
@@ -53,12 +59,12 @@ class Shape(NamedTuple):
     @property
     def row_tiles(self) -> int:
         """Thread groups that share a split."""
-        return -(-self.rows // (columns.QUERIES if self.columns else launches.QUERIES))
+        return -(-self.rows // (columns.QUERIES if self.program else launches.QUERIES))
 
     @property
     def tokens(self) -> int:
         """Packed tokens that a warp takes at a time."""
-        return columns.TOKENS if self.columns else launches.TOKENS
+        return columns.TOKENS if self.program else launches.TOKENS
 
 
 class Plan(NamedTuple):
@@ -94,28 +100,28 @@ class Operands(NamedTuple):
 def _tables(
     keys: SpectralQuantizer, values: SpectralQuantizer, wide: bool, place: str, program: columns.Program | None
 ) -> Any:
-    """(columns or 0, table, group, groups): which kernel reads these codes, and with what."""
+    """(program, group, table): which kernel reads these codes, and with what."""
     dims = keys.synthesis.shape[-1], values.synthesis.shape[-1]
     if not wide and place != "metal":
         chosen = columns.chosen(keys, values, program)
         if chosen is not None:
             own, table = chosen
-            return own.most, table, (own.row, 0, own.warps, 0), own.groups
+            return own, None, table
     stage = 0 if place == "metal" else next(n for n in launches.STAGES if n >= launches.head_words(keys, values))
     group = launches.group_of(*dims, 4 if wide else 2, stage, place)
-    return 0, launches.layer_table(keys, values), (*group, stage), 0
+    return None, (*group, stage), launches.layer_table(keys, values)
 
 
 def _split(exact: int, fewest: int, work: int, room: int, most: int) -> tuple[int, int]:
     """(groups that share the splits of exact tokens, splits of packed tokens). fewest: of such groups; work: rounds of
     one split alone, each about as long as a split of exact tokens; room: groups that run at once; most: splits that
     have something to do."""
-    shared = range(max(fewest, 1), min(exact, room - 1) + 1)
-    tried = [(max(-(-work // min(room - n, most)), -(-exact // n)), n) for n in shared]
+    shared = [(n, min(room - n, most)) for n in range(max(fewest, 1), min(exact, room - 1) + 1)]
+    tried = [(max(-(-work // splits), -(-exact // n)), n, splits) for n, splits in shared]
     every = max(min(room, most), 1)
-    waiting = -(-work // every) + 1, exact  # some groups wait for others
-    took, n = min([*tried, waiting])
-    return n, every if (took, n) == waiting else min(room - n, most)
+    tried.append((-(-work // every) + 1, exact, every))  # some groups wait for others
+    _, groups, splits = min(tried, key=lambda t: (t[0], t[1], -t[2]))
+    return groups, splits
 
 
 @functools.lru_cache(maxsize=256)
@@ -126,18 +132,18 @@ def _numbers(
     exact = -(-layout.most_exact // launches.TOKENS)
     tiles = launches.tiles_of(chunks, shape.tokens)
     groups = GROUPS[shape.place]
-    if shape.columns and shape.place == "cuda":
-        groups = MULTIPROCESSORS * shape.groups
-    together = shape.group[2] if shape.columns else 1  # warps that take as many tiles each
-    most = max(min(-(-tiles // shape.group[2]), launches.MOST_SPLITS - exact), 1)
-    fewest = 1 if shape.columns else exact
+    if shape.program and shape.place == "cuda":
+        groups = MULTIPROCESSORS * shape.program.groups
+    together = shape.warps if shape.program else 1  # warps that take as many tiles each
+    most = max(min(-(-tiles // shape.warps), launches.MOST_SPLITS - exact), 1)
+    fewest = 1 if shape.program else exact
     room = groups // (shape.planes * shape.row_tiles)
     exact_groups, splits = _split(exact, fewest, -(-tiles // together), room, most)
     each = -(-tiles // (together * splits)) * together
     splits = -(-tiles // each)
     params = (
         shape.batch, shape.heads, shape.group_queries, shape.length, exact, splits, capacity, tiles, each, *mask,
-        len(chunks), int(sinks), exact_groups, 0, 0, 0, *sum(chunks, ()),
+        len(chunks), int(sinks), exact_groups, *sum(chunks, ()),
     )  # fmt: skip
     return Plan(shape, exact + splits, exact_groups + splits), launches.ints(params), launches.rows(layout)
 
@@ -146,8 +152,8 @@ def program_of(
     keys: SpectralQuantizer, values: SpectralQuantizer, wide: bool, place: str
 ) -> columns.Program | None:  # fmt: skip
     """The program of columns.h that reads these codes; None where attend.h does."""
-    most, _, (row, _, warps, _), groups = _tables(keys, values, wide, place, None)
-    return columns.Program(most, row, warps, groups) if most else None
+    program: columns.Program | None = _tables(keys, values, wide, place, None)[0]
+    return program
 
 
 def step(
@@ -158,9 +164,9 @@ def step(
     keys, values = launches.spectral(snapshot)
     batch, query_heads, length, key_dims = queries.shape
     _, heads, capacity, value_dims = snapshot.exact_values.shape
-    most, table, group, groups = _tables(keys, values, queries.dtype == mx.float32, place, program)
+    program, group, table = _tables(keys, values, queries.dtype == mx.float32, place, program)
     shape = Shape(
-        place, queries.dtype, batch, heads, query_heads // heads, length, key_dims, value_dims, most, group, groups
+        place, queries.dtype, batch, heads, query_heads // heads, length, key_dims, value_dims, program, group
     )  # fmt: skip
     codes, chunks = snapshot.codes
     kind, strides, hidden, added = launches.mask_inputs(mask)
@@ -175,6 +181,7 @@ def step(
 def _attend_launch(plan: Plan, o: Operands) -> Launch:
     """The launch of attend.h."""
     shape = plan.shape
+    assert shape.group is not None
     key_rows, value_rows, warps, stage = shape.group
     every = (shape.planes, plan.splits, shape.rows)
     element = shape.dtype.size
@@ -195,7 +202,7 @@ def _attend_launch(plan: Plan, o: Operands) -> Launch:
 
 def parts_launch(plan: Plan, o: Operands, run: Run = run) -> Launch:
     """The launch that attends, split by split; what must go before it is run."""
-    if not plan.shape.columns:
+    if not plan.shape.program:
         return _attend_launch(plan, o)
     return columns.attend(plan, o, run(columns.fold(plan, o), plan.shape.place))
 
