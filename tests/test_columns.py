@@ -119,6 +119,7 @@ def test_layouts_with_too_many_columns_go_another_way():
     [
         (8, 131072, 4, 32, 33),  # one group of exact tokens for each head, or there were too many
         (8, 8192, 4, 26, 30),  # all of them, which take as long as a tile
+        (8, 10560, 4, 17, 19),  # one more split of packed tokens would keep others waiting
         (64, 32768, 4, 4, 8),  # as many as there are, after the others
         (8, 131072, 0, 32, 32),
         (400, 1000, 4, 1, 5),
