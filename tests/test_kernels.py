@@ -276,17 +276,17 @@ def test_arrays_restored_by_the_kernels_are_those_of_plain_operations(
 def test_the_cuda_source_is_short_and_named_after_the_whole_text(monkeypatch):
     """MLX hashes it at every evaluation, and keeps what it compiled by name."""
     made = []
-    monkeypatch.setattr(kernels.mx.fast, "cuda_kernel", lambda **options: made.append(options))
-    for text in ("", "// changed"):
+    for text, gpu in (("", "sm_90"), ("// changed", "sm_90"), ("", "sm_100")):
         monkeypatch.setattr(kernels, "header", lambda place, text=text: text)
-        kernels._kernel.__wrapped__(kernels.MERGE, "cuda", 0, 128)
-    first, second = made
-    assert len(first["header"]) + len(first["source"]) < 2500
-    assert [line.split('"')[1] for line in first["header"].splitlines() if "#include" in line] == [
+        monkeypatch.setattr(kernels.mx, "device_info", lambda gpu=gpu: {"architecture": gpu})
+        made.append(kernels.parts.__wrapped__(kernels.MERGE, "cuda", 0, 128))
+    names, tops, sources = zip(*made, strict=True)
+    assert len(tops[0]) + len(sources[0]) < 2500
+    assert [line.split('"')[1] for line in tops[0].splitlines() if "#include" in line] == [
         str(kernels.FOLDER / name) for name in ("cuda.h", *kernels.TEXTS)
     ]
-    assert first["header"] == second["header"]
-    assert first["name"] != second["name"]
+    assert len(set(tops)) == len(set(sources)) == 1
+    assert len(set(names)) == 3  # programs are kept by name, also where there are two kinds of GPUs
 
 
 def test_what_is_kept_by_thread_is_made_again_in_another():

@@ -24,7 +24,6 @@ from .trust import trusted
 Mask = mx.array | Literal["causal"] | None
 Part = Literal["sinks", "packed", "window"]
 Stream = mx.Stream | mx.ThreadLocalStream
-Run = Callable[[kernels.Launch, str], list[mx.array]]
 
 # Of all temporaries together: beyond a few MB they leave the cache of a CPU, beyond 32 MB MLX keeps their buffers no
 # longer and they cost page faults (7-13 times slower). Smaller tiles cost launches, so a large layer takes more.
@@ -79,7 +78,7 @@ def attend_codes(
     mask: Mask,
     sinks: mx.array | None,
     place: str,
-    run: Run | None = None,
+    run: kernels.Run | None = None,
     program: columns.Program | None = None,
 ) -> mx.array:
     """`attend` by the kernels, for at most launches.MOST_QUERIES tokens; `run` launches one, without tracing, and

@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from . import kernels
-from .attention import Mask, Run, attend_codes
+from .attention import Mask, attend_codes
 from .chunks import Packed
-from .kernels import columns, launches
+from .kernels import columns, compiled, launches
 from .rows import rows_of
 from .spectral.bit_allocator import gaussian_costs
 from .spectral.codebook import distortion
@@ -223,11 +223,17 @@ def problem(case: Case) -> Problem:
 
 
 def compare(
-    case: Case, place: str, run: Run | None = None, program: columns.Program | None = None
+    case: Case, place: str, run: kernels.Run | None = None, program: columns.Program | None = None
 ) -> tuple[float, float]:
     """(largest error of the kernels, largest error of MLX's attention on the decoded arrays), against float64."""
     p = problem(case)
-    found = attend_codes(p.held, p.queries, p.scale, p.mask, p.sinks, place, run, program)
+
+    def attend(run: kernels.Run | None) -> mx.array:
+        return attend_codes(p.held, p.queries, p.scale, p.mask, p.sinks, place, run, program)
+
+    if run is None:
+        compiled.prepare(place, attend)
+    found = attend(run)
     errors = [np.abs(x - p.expected).max() for x in (np.array(found.astype(mx.float32)), p.stock)]
     return float(errors[0]) if np.isfinite(errors[0]) else float("inf"), float(errors[1])
 
@@ -267,8 +273,10 @@ def wrong_arrays(place: str, key_dims: int, value_dims: int, dtype: mx.Dtype) ->
     held = snapshot(case)
     exact, unit = (held.exact_keys, held.exact_values), allowed(case, 0.0)
     rows, first = launches.rows(held.layout), (0, 7)
+    asked = *held.codes, rows, *exact, launches.ints(first), held.length + 56, place
+    compiled.prepare(place, lambda run: launches.restore(*asked, by=run))
     for prompt in (True, False):
-        found = launches.restore(*held.codes, rows, *exact, launches.ints(first), held.length + 56, place, prompt)
+        found = launches.restore(*asked, prompt)
         for b, pair in enumerate(decoded(held)):
             for own, tokens in zip(found, pair, strict=True):
                 behind = own.shape[2] - first[b] - tokens.shape[1]
@@ -285,16 +293,19 @@ def wrong_codes(place: str) -> str:
     own = quantizer(64, 2, 3.5, 0)
     synthesis, mean, analysis = (np.array(a, dtype=np.float64) for a in (own.synthesis, own.mean, own.analysis))
     x = np.random.default_rng(0).normal(size=(2, 40, own.layout.stored)) @ synthesis + mean
-    (words,) = kernels.run(launches.encode(own, mx.array(x[None].astype(np.float32))), place)
+    encoding = launches.encode(own, mx.array(x[None].astype(np.float32)))
+    held = snapshot(Case(bits=3.5, tokens=200))
+    decoding = [launches.decode(held, part, 0, 2, mx.float16) for part in (0, 1)]
+    compiled.prepare(place, lambda run: [run(launch, place) for launch in (encoding, *decoding)])
+    (words,) = kernels.run(encoding, place)
     found = unpack_reference(np.array(words[0]), own.layout).swapaxes(1, 2)
     expected = sum(s.count * distortion(s.width) for head in own.layout.segments for s in head)
     error = float(((found - (x - mean) @ analysis) ** 2).sum(axis=(0, 2)).mean())
     if not error <= 1.5 * expected:
         return f"encoding: error {error:.2g}, expected {expected:.2g}"
-    held = snapshot(Case(bits=3.5, tokens=200))
     for part, q in enumerate((held.key_quantizer, held.value_quantizer)):
         assert isinstance(q, SpectralQuantizer)
-        (levels,) = kernels.run(launches.decode(held, part, 0, 2, mx.float16), place)
+        (levels,) = kernels.run(decoding[part], place)
         plain = unpack_reference(np.array(held.words(0, held.packed_tokens)[part][0]), q.layout)
         off = float(np.abs(np.array(levels[0, ..., : held.packed_tokens]) - plain).max())
         if not off <= 4e-3:

@@ -11,7 +11,7 @@ import functools
 import hashlib
 import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import mlx.core as mx
@@ -121,6 +121,9 @@ class Launch:
     template: tuple[tuple[str, Any], ...]
 
 
+Run = Callable[[Launch, str], list[mx.array]]
+
+
 def header(place: str) -> str:
     """The kernel text for a compiler, without any kernel."""
     return text(*_files(place))
@@ -157,7 +160,8 @@ def backend() -> Backend:
 
 
 @functools.cache
-def _kernel(body: Body, place: str, shared: int, threads: int) -> Any:
+def parts(body: Body, place: str, shared: int, threads: int) -> tuple[str, str, str]:
+    """What MLX makes a kernel of: its name, what stands before it, and its body."""
     top = header(place)
     digest = hashlib.sha256(top.encode())
     if place == "cuda":
@@ -165,10 +169,20 @@ def _kernel(body: Body, place: str, shared: int, threads: int) -> Any:
         # MLX writes the signature; registers are to leave room for as many groups as shared memory does.
         groups = min(max(SHARED_BYTES // (shared + GROUP_BYTES), 1), max(MOST_THREADS // threads, 1), MOST_GROUPS)
         top += f"\n#define __global__ __attribute__((global)) __launch_bounds__({threads}, {groups})\n"
+        digest.update(_architecture())  # programs are kept by name
     source = PROLOGUES[place].replace("{floats}", str(max(-(-shared // 16), 1))) + body.call
     # The name tells variants apart, and so must their shared memory and threads.
     digest.update((top + source).encode())
-    name = f"vq_{body.name}_{digest.hexdigest()[:12]}_{shared}_{threads}"
+    return f"vq_{body.name}_{digest.hexdigest()[:12]}_{shared}_{threads}", top, source
+
+
+def _architecture() -> bytes:
+    return str(mx.device_info().get("architecture", "")).encode()
+
+
+@functools.cache
+def _kernel(body: Body, place: str, shared: int, threads: int) -> Any:
+    name, top, source = parts(body, place, shared, threads)
     names: dict[str, Any] = {"input_names": list(body.inputs), "output_names": list(body.outputs)}
     if place == "metal":
         return mx.fast.metal_kernel(name=name, **names, source=source, header=top)

@@ -14,7 +14,7 @@ from ..rows import Rows
 from ..spectral import codebook, trellis
 from ..spectral.packing import Layout
 from ..spectral.spectral_quant import Quantizer, SpectralQuantizer
-from . import DECODE, ENCODE, RESTORE, Launch, run
+from . import DECODE, ENCODE, RESTORE, Launch, Run, run
 
 if TYPE_CHECKING:
     from ..storage import Snapshot
@@ -326,12 +326,13 @@ def _turned(
 
 def restore(
     codes: Codes, chunks: ChunkSizes, held: mx.array, keys: mx.array, values: mx.array, start: mx.array, columns: int,
-    place: str, prompt: bool = False,
+    place: str, prompt: bool = False, by: Run | None = None,
 ) -> tuple[mx.array, mx.array]:  # fmt: skip
     """All keys and values, [B, H, columns, D], of the exact ones [B, H, C, D] and the codes, token j of row b in column
     start[b] + j; zeros in columns of no token. held: `rows` of the layout; start: int32 [B]. For handles, which every
     layer makes in every step and hardly anybody reads, three launches and no more; for a `prompt`, which reads them,
-    products of matrices besides."""
+    products of matrices besides. `by` launches them, in place of `run`."""
+    by = by or run
     batch, heads, capacity, key_dims = keys.shape
     wide = keys.dtype == mx.float32
     if prompt:
@@ -339,7 +340,7 @@ def restore(
         stride = 0
     else:
         kind = mx.float32 if wide else mx.float16
-        packed = tuple(run(_decode(codes, chunks, part, 0, heads, kind), place)[0] for part in (0, 1))
+        packed = tuple(by(_decode(codes, chunks, part, 0, heads, kind), place)[0] for part in (0, 1))
         bases, stride = codes.bases, packed[0].shape[3]
     dims = key_dims, values.shape[3]
     tokens = sum(held for held, _ in chunks)
@@ -355,7 +356,7 @@ def restore(
         0,
         (("T", keys.dtype), ("E", packed[0].dtype), ("DK", dims[0]), ("DV", dims[1])),
     )  # fmt: skip
-    restored = run(launch, place)
+    restored = by(launch, place)
     return restored[0], restored[1]
 
 
