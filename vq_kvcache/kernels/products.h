@@ -2,16 +2,27 @@
 // for compilers without any (the host). Fragments and signatures as in cuda.h; lanes share `p` through `scratch`
 // [16, 64].
 
+// In parts, so that fewer numbers are added one after another: each would round what was added before.
 template <int ROWS, typename E>
 VQ_FN void vq_scores(float (&s)[8][4], VQ_SHARED(const E) q, int stride, VQ_SHARED(const E) tile, uint lane) {
-  for (int k = 0; k < ROWS; ++k) {
-    const float a = vq_float(q[VQ_ROW(lane) * stride + k]), b = vq_float(q[(VQ_ROW(lane) + 8) * stride + k]);
+  VQ_LOOP
+  for (int first = 0; first < ROWS; first += 8) {
+    float part[8][4] = {};
+    VQ_UNROLL
+    for (int k = first; k < first + 8; ++k) {
+      const float a = vq_float(q[VQ_ROW(lane) * stride + k]), b = vq_float(q[(VQ_ROW(lane) + 8) * stride + k]);
+      VQ_UNROLL
+      for (int n = 0; n < 8; ++n) {
+        const float x = vq_float(tile[k * VQ_STRIDE + n * 8 + VQ_COL(lane)]);
+        const float y = vq_float(tile[k * VQ_STRIDE + n * 8 + VQ_COL(lane) + 1]);
+        part[n][0] = vq_fma(a, x, part[n][0]), part[n][1] = vq_fma(a, y, part[n][1]);
+        part[n][2] = vq_fma(b, x, part[n][2]), part[n][3] = vq_fma(b, y, part[n][3]);
+      }
+    }
     VQ_UNROLL
     for (int n = 0; n < 8; ++n) {
-      const float x = vq_float(tile[k * VQ_STRIDE + n * 8 + VQ_COL(lane)]);
-      const float y = vq_float(tile[k * VQ_STRIDE + n * 8 + VQ_COL(lane) + 1]);
-      s[n][0] = vq_fma(a, x, s[n][0]), s[n][1] = vq_fma(a, y, s[n][1]);
-      s[n][2] = vq_fma(b, x, s[n][2]), s[n][3] = vq_fma(b, y, s[n][3]);
+      VQ_UNROLL
+      for (int i = 0; i < 4; ++i) s[n][i] += part[n][i];
     }
   }
 }
