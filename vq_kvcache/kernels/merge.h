@@ -2,7 +2,7 @@
 // threads of each of PARTS parts, which share the splits and then the coordinates.
 // shared: [VQ_MOST_SPLITS] shares of the splits, [PARTS, DV] sums in the basis of the codes, then of the values,
 // [2] totals.
-enum { VQ_MOST_SPLITS = 1024 };
+enum { VQ_MOST_SPLITS = 1024, VQ_MERGE_AHEAD = 8 };
 
 template <typename T, int DV, int PARTS>
 VQ_FN void vq_merge(VQ_IN(float) sums, VQ_IN(float) outputs, VQ_IN(float) unfold, VQ_IN(float) mean,
@@ -24,6 +24,19 @@ VQ_FN void vq_merge(VQ_IN(float) sums, VQ_IN(float) outputs, VQ_IN(float) unfold
   float basis[ahead];
   VQ_UNROLL
   for (int n = 0; n < ahead; ++n) basis[n] = first + n < stored ? column[n * DV] : 0.0f;
+  // So are its first outputs.
+  const int width = table[VQ_OUTPUT_WIDTH];
+  VQ_IN(int) order = table + table[VQ_VALUE_ORDER] + head * width;
+  const bool ordered = table[VQ_VALUE_ORDER] > 0;
+  VQ_IN(float) out = outputs + (plane * splits * queries + query) * width;
+  const int columns = ordered ? width : stored, own_coordinate = d >= columns ? -1 : ordered ? order[d] : d;
+  float packed_ahead[VQ_MERGE_AHEAD];
+  VQ_UNROLL
+  for (int i = 0; i < VQ_MERGE_AHEAD; ++i) {
+    const int s = exact + part + i * PARTS;
+    packed_ahead[i] = s < splits && own_coordinate >= 0 ? out[s * queries * width + d] : 0.0f;
+  }
+  const float exact_ahead = part < exact ? out[part * queries * width + d] : 0.0f;
   if (worker < 32) {  // one warp finds what each split counts for
     float top = logit, total = 0.0f, packed_total = 0.0f;
     for (int s = lane; s < splits; s += 32) top = vq_max(top, own[2 * s * queries]);
@@ -44,11 +57,19 @@ VQ_FN void vq_merge(VQ_IN(float) sums, VQ_IN(float) outputs, VQ_IN(float) unfold
   }
   folded[worker] = 0.0f;
   VQ_SYNC_GROUP();
-  const int width = table[VQ_OUTPUT_WIDTH];
-  VQ_IN(int) order = table + table[VQ_VALUE_ORDER] + head * width;
-  const bool ordered = table[VQ_VALUE_ORDER] > 0;
-  VQ_IN(float) out = outputs + (plane * splits * queries + query) * width;
-  for (int n = d; n < (ordered ? width : stored); n += DV) {
+  if (own_coordinate >= 0) {
+    float packed = 0.0f;
+    VQ_UNROLL
+    for (int i = 0; i < VQ_MERGE_AHEAD; ++i) {
+      const int s = exact + part + i * PARTS;
+      if (s < splits) packed = vq_fma(packed_ahead[i], shares[s], packed);
+    }
+    VQ_UNROLL_BY(8)
+    for (int s = exact + part + VQ_MERGE_AHEAD * PARTS; s < splits; s += PARTS)
+      packed = vq_fma(out[s * queries * width + d], shares[s], packed);
+    folded[part * DV + own_coordinate] = packed;
+  }
+  for (int n = d + DV; n < columns; n += DV) {
     const int coordinate = ordered ? order[n] : n;
     if (coordinate < 0) continue;
     float packed = 0.0f;
@@ -67,8 +88,9 @@ VQ_FN void vq_merge(VQ_IN(float) sums, VQ_IN(float) outputs, VQ_IN(float) unfold
   for (int n = 0; n < ahead; ++n) x = vq_fma(first + n < DV ? folded[first + n] : 0.0f, basis[n], x);
   VQ_UNROLL_BY(16)
   for (int n = ahead; n < share && first + n < stored; ++n) x = vq_fma(folded[first + n], column[n * DV], x);
+  if (part < exact) x = vq_fma(exact_ahead, shares[part], x);
   VQ_UNROLL_BY(4)
-  for (int s = part; s < exact; s += PARTS) x = vq_fma(out[s * queries * width + d], shares[s], x);
+  for (int s = part + PARTS; s < exact; s += PARTS) x = vq_fma(out[s * queries * width + d], shares[s], x);
   VQ_SYNC_GROUP();
   folded[worker] = x;
   VQ_SYNC_GROUP();
