@@ -17,6 +17,8 @@ from conftest import like_calibrated, random_codec
 
 from vq_kvcache import attention, batch_cache, cache
 from vq_kvcache.attention import attend, attend_reference
+from vq_kvcache.chunks import Packed
+from vq_kvcache.spectral.sealing import LAG
 from vq_kvcache.spectral.spectral_quant import RawQuantizer
 from vq_kvcache.storage import Snapshot, Storage
 
@@ -277,7 +279,7 @@ def test_a_tile_decodes_no_more_than_its_bytes(monkeypatch, tile_bytes, cores, l
 def test_a_large_layer_is_decoded_in_larger_tiles(monkeypatch, tokens, expected):
     """A quarter of 2 heads' keys and values of 64 in float32, between the two bounds."""
     monkeypatch.setattr(attention, "LARGE_TILE_BYTES", 1 << 18)
-    large = dataclasses.replace(snapshot_of("spectral"), packed=((mx.zeros((1, 1, 1)), tokens),))
+    large = dataclasses.replace(snapshot_of("spectral"), packed=Packed([(mx.zeros((1, 1, 1)), tokens)]))
     assert attention._tile_bytes(large) == expected
 
 
@@ -396,6 +398,7 @@ def test_what_is_appended_keeps_pace(kind, monkeypatch):
         "one": lambda: cache.SpectralKVCache(cache.LOSSLESS),
         "batch": lambda: batch_cache.BatchSpectralKVCache([0], cache.LOSSLESS),
     }[kind]()
-    keys = mx.zeros((1, 2, 5, 64))
-    made.update_and_fetch(keys, keys)
-    assert paced == [2]
+    for tokens in (LAG + 1, 1):  # not of single tokens
+        keys = mx.zeros((1, 2, tokens, 64))
+        made.update_and_fetch(keys, keys)
+        assert paced == [2]

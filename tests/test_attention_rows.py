@@ -12,6 +12,7 @@ from conftest import like_calibrated, numpy, random_codec
 from vq_kvcache import attention
 from vq_kvcache.attention import attend, attend_reference
 from vq_kvcache.batch_storage import BatchStorage
+from vq_kvcache.chunks import Packed
 from vq_kvcache.spectral.spectral_quant import RawQuantizer
 
 HEADS, GROUPS, DIMS = 2, 3, 32
@@ -116,7 +117,7 @@ def test_what_lies_beyond_a_row_is_of_no_account():
         own = mx.arange(first, first + words.shape[-1])[None] < layout.column(3)
         packed.append((mx.where(own[:, None], words, mx.array(0xFFFFFFFF, mx.uint32)), tokens))
         first += tokens
-    other = type(snapshot)(*exact, tuple(packed), layout, snapshot.key_quantizer, snapshot.value_quantizer)
+    other = type(snapshot)(*exact, Packed(packed), layout, snapshot.key_quantizer, snapshot.value_quantizer)
     for mask in (None, "causal"):
         for function in (attend, attend_reference):
             for row, length in enumerate(layout.lengths):

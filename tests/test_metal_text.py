@@ -63,10 +63,10 @@ def test_decoding_is_as_metal_asks(dtype):
 
 def test_queries_that_find_no_room_in_a_thread_group_are_left_to_plain_operations():
     wide = doctor.problem(doctor.Case(256, 256, dtype=mx.float32))
-    assert not launches.fits(wide.held, wide.queries, "metal")
-    assert launches.fits(wide.held, wide.queries, "cuda")
+    assert not launches.fits(wide.held, wide.queries.dtype, "metal")
+    assert launches.fits(wide.held, wide.queries.dtype, "cuda")
     narrow = doctor.problem(doctor.Case(256, 256))
-    assert launches.fits(narrow.held, narrow.queries, "metal")
+    assert launches.fits(narrow.held, narrow.queries.dtype, "metal")
 
 
 def test_a_text_without_faults_is_taken():

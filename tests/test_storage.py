@@ -475,4 +475,38 @@ def test_handles_of_many_steps_are_traced_once(monkeypatch):
         keys, values = held.snapshot().decoded()
         assert keys.shape[2] == values.shape[2] == held.length
         held.append(vectors, vectors)
-    assert launched == 2 * ["decode", "decode", "restore"]
+    assert launched == 2 * ["decode", "restore"]
+
+
+def test_what_codes_are_read_with_is_found_once_until_more_are_packed(monkeypatch):
+    asked = []
+    monkeypatch.setattr(storage, "backend", lambda: asked.append(1) or "ops")
+    layer = random_codec().plan(2.0).layers[0]
+    held = Storage(layer.keys, layer.values, window=32, sinks=4)
+    vectors = mx.zeros((1, layer.keys.mean.shape[0], 300, layer.keys.mean.shape[-1]))
+    for seals in (1, 2):
+        held.append(vectors, vectors)
+        held.seal()
+        for _ in range(3):
+            snapshot = held.snapshot()
+            assert snapshot.place == "ops"
+            assert snapshot.of_keys().place == "ops"
+        assert len(asked) == 2 * seals  # of keys and values, and of keys alone
+
+
+@pytest.mark.parametrize("change", ["extend", "append", "write", "cut", "take"])
+def test_codes_that_changed_are_other_codes(change):
+    codes = Chunks()
+    codes.append(mx.ones((2, 3, 8), mx.uint32))
+    before = codes.packed
+    assert codes.packed is before
+    {
+        "extend": lambda: codes.extend_to(12, 2, 3),
+        "append": lambda: codes.append(mx.zeros((2, 3, 4), mx.uint32)),
+        "write": lambda: codes.write(0, mx.zeros((2, 3, 4), mx.uint32)),
+        "cut": lambda: codes.cut(4),
+        "take": lambda: codes.take(mx.array([1])),
+    }[change]()
+    assert codes.packed is not before
+    assert codes.packed.tokens == codes.tokens == {"extend": 12, "append": 12, "cut": 4}.get(change, 8)
+    assert codes.packed[0][0] is codes.held[0].words

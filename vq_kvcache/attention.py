@@ -63,7 +63,7 @@ def attend(
     if not snapshot.packed:
         return attend_reference(snapshot, queries, scale, mask, sinks)
     place = snapshot.place
-    if place != "ops" and launches.fits(snapshot, queries, place) and _trusts(snapshot, place):
+    if place != "ops" and _kernels_attend(snapshot, queries.dtype, place):
         if queries.shape[2] <= launches.MOST_QUERIES:
             return attend_codes(snapshot, queries, scale, mask, sinks, place)
         if _decoded_bytes(snapshot, 1) <= DECODED_BYTES and snapshot.restores:
@@ -105,7 +105,7 @@ def _attend_decoded(
     if most >= heads:
         codes, chunks = snapshot.codes
         exact = snapshot.exact_keys, snapshot.exact_values
-        held = launches.rows(layout), *exact, launches.ints(start)
+        held = layout.flat, *exact, launches.ints(start)
         keys, values = launches.restore(codes, chunks, *held, length, place, prompt=True)
         return attention(queries, keys, values, scale=scale, mask=mask, sinks=sinks)
     order = None if layout.alike else layout.order(start, length)
@@ -151,6 +151,12 @@ def keep_pace(*arrays: mx.array) -> None:
         mx.async_eval(mark)  # type: ignore[no-untyped-call]
         mx.eval(getattr(_sent, "mark", []))
         _sent.mark = mark
+
+
+def _kernels_attend(snapshot: Snapshot, dtype: mx.Dtype, place: str) -> bool:
+    if snapshot.layout.most_exact > launches.TOKENS * (launches.MOST_SPLITS - 1):
+        return False
+    return snapshot.once(dtype, lambda: launches.fits(snapshot, dtype, place) and _trusts(snapshot, place))
 
 
 def _trusts(snapshot: Snapshot, place: str) -> bool:

@@ -91,8 +91,10 @@ class BatchSpectralKVCache(Planned, BatchKVCache):  # type: ignore[misc]  # mlx-
 
         Columns that the left padding, or `prepare`, says to be pads are not kept.
         """
-        keep_pace(keys, values)
-        storage, added = self._storage_for(keys, values), keys.shape[2]
+        added = keys.shape[2]
+        if added > LAG:
+            keep_pace(keys, values)
+        storage = self._storage_for(keys, values)
         skipped, real = self._real(added)
         storage.append(keys, values, skipped, real)
         self._columns += added
@@ -130,7 +132,7 @@ class BatchSpectralKVCache(Planned, BatchKVCache):  # type: ignore[misc]  # mlx-
         """Tokens of each row, int32 [B]; less than 0 while padding on the left is still to come. Never changed in
         place."""
         if self._storage is not None and self._columns >= max(self._left_padding):
-            return mx.array(self._storage.layout.tokens)  # the memory of one array for all layers
+            return self._storage.layout.tokens.__copy__()  # the memory of one array for all layers
         coming = (min(self._columns - padding, 0) for padding in self._left_padding)
         return mx.array([a + b for a, b in zip(self._lengths, coming, strict=True)], mx.int32)
 

@@ -11,12 +11,12 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
-from .chunks import MAX_CHUNKS, Chunk, Chunks, fill_pages, written
+from .chunks import MAX_CHUNKS, Chunk, Chunks, fill_pages
 from .drift import DriftSums
 from .rows import Rows, rows_of
 from .spectral.sealing import BLOCK, LAG, tokens_to_seal
 from .spectral.spectral_quant import Quantizer
-from .storage import Snapshot, Storage, holds_vectors
+from .storage import Snapshot, Storage, holds_vectors, writing
 from .trust import encode_words
 
 Counts = tuple[int, ...]
@@ -102,8 +102,7 @@ class BatchStorage:
         fresh, added = self._fresh, keys.shape[2]
         if self.window_end + added > self.exact_keys.shape[2]:
             self._close_gaps(added)
-        self.exact_keys = written(self.exact_keys, self.window_end, keys)
-        self.exact_values = written(self.exact_values, self.window_end, values)
+        self.exact_keys, self.exact_values = writing(self.window_end)(self.exact_keys, self.exact_values, keys, values)
         self.window_end += added
         if fresh:
             self.held_sinks = self.window_start = (min(self.sinks, self.window_end),) * self.batch

@@ -12,7 +12,7 @@ from mlx_lm.models import cache as mlx_lm_cache
 from mlx_lm.models.cache import KVCache, create_attention_mask
 
 from .attention import Mask, attend, keep_pace
-from .chunks import Chunk
+from .chunks import Chunk, Chunks
 from .drift import Drift, warn_once
 from .options import CacheOptions
 from .shards import Share
@@ -309,17 +309,19 @@ class SpectralKVCache(Planned, KVCache):  # type: ignore[misc]  # mlx-lm is unty
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """Append keys [B, H, L, Dk] and values [B, H, L, Dv]; return handles on all of them."""
-        keep_pace(keys, values)
+        prompt = keys.shape[2] > LAG
+        if prompt:
+            keep_pace(keys, values)
         storage = self._storage_for(keys, values)
         storage.append(keys, values)
-        if storage.due:
+        due = storage.due
+        if due:
             warn_once(storage.drift, self._plan_name)
-        if keys.shape[2] > LAG:  # within a prompt chunk, queries see the chunk itself exact
-            snapshot = storage.snapshot()
+            if not prompt:
+                storage.seal()
+        snapshot = storage.snapshot()
+        if due and prompt:  # within a prompt chunk, queries see the chunk itself exact
             storage.seal()
-        else:
-            storage.seal()
-            snapshot = storage.snapshot()
         return _handles(snapshot)
 
     def keys_and_values(self) -> tuple[mx.array, mx.array]:
@@ -451,7 +453,8 @@ class SpectralKVCache(Planned, KVCache):  # type: ignore[misc]  # mlx-lm is unty
         storage = Storage(*self._quantizers(arrays[0], arrays[1]), self._window, self._sinks, self._context)
         storage.exact_keys, storage.exact_values = arrays[:2]
         storage.exact_tokens, storage.held_sinks = held["exact_tokens"], held["held_sinks"]
-        storage.codes.held = [Chunk(words, n) for words, n in zip(arrays[2:], tokens, strict=True)]
+        chunks = [Chunk(words, n) for words, n in zip(arrays[2:], tokens, strict=True)]
+        storage.codes = Chunks(chunks, storage.codes.expected)
         storage.check()
         self._storage = storage
 

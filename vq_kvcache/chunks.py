@@ -4,6 +4,8 @@ import dataclasses
 import functools
 import itertools
 import mmap
+from collections.abc import Hashable
+from typing import Any
 
 import mlx.core as mx
 
@@ -39,6 +41,20 @@ class Packed(tuple[tuple[mx.array, int], ...]):
     """(words uint32 [B, W, capacity], columns in use) of each chunk at one moment."""
 
     @functools.cached_property
+    def tokens(self) -> int:
+        """Columns in use."""
+        return sum(tokens for _, tokens in self)
+
+    def kept(self, *reader: Hashable) -> dict[Hashable, Any]:
+        """For whoever reads these codes: what they are read with, until more are packed. Every layer would find it out
+        again in every step."""
+        return self._kept.setdefault(reader, {})
+
+    @functools.cached_property
+    def _kept(self) -> dict[Hashable, dict[Hashable, Any]]:
+        return {}
+
+    @functools.cached_property
     def inputs(self) -> tuple[list[mx.array], tuple[tuple[int, int], ...]]:
         """What kernels read: the words, and (columns in use, capacity), of each chunk."""
         words = [_padded(held) if held.shape[-1] % 4 else held for held, _ in self]
@@ -67,7 +83,7 @@ class Chunks:
     def __init__(self, chunks: list[Chunk] | None = None, expected: int = 0) -> None:
         self.held: list[Chunk] = chunks or []
         self.expected = expected
-        self._packed = Packed()
+        self._packed: Packed | None = None
 
     @property
     def tokens(self) -> int:
@@ -77,15 +93,13 @@ class Chunks:
     @property
     def packed(self) -> Packed:
         """What is held now; the same object until something changes."""
-        now = [(chunk.words, chunk.tokens) for chunk in self.held]
-        same = len(now) == len(self._packed)
-        if not same or any(a is not b or m != n for (a, m), (b, n) in zip(now, self._packed, strict=True)):
-            self._packed = Packed(now)
+        if self._packed is None:
+            self._packed = Packed((chunk.words, chunk.tokens) for chunk in self.held)
         return self._packed
 
     def take(self, rows: mx.array) -> None:
         """Keep these rows, in this order."""
-        self._packed = Packed()
+        self._packed = None
         for chunk in self.held:
             chunk.words = chunk.words[rows]
 
@@ -97,7 +111,7 @@ class Chunks:
 
     def extend_to(self, tokens: int, batch: int, width: int) -> None:
         """Put at least `tokens` columns to use; chunks are added for those that have no place."""
-        self._packed = Packed()  # or it would keep what is written over, and MLX could not write in place
+        self._packed = None  # or it would keep what is written over, and MLX could not write in place
         missing = tokens - self.tokens
         if missing > 0 and self.held:
             last = self.held[-1]
@@ -118,7 +132,7 @@ class Chunks:
 
     def write(self, column: int, words: mx.array, row: int | None = None) -> None:
         """Set columns column.. that are in use to words [B, W, n], or those of one row to words [1, W, n]."""
-        self._packed = Packed()
+        self._packed = None
         first, count = 0, words.shape[-1]
         for chunk in self.held:
             a, b = max(column, first), min(column + count, first + chunk.tokens)
@@ -139,7 +153,7 @@ class Chunks:
 
     def cut(self, tokens: int) -> None:
         """Keep no more than the first `tokens` columns."""
-        self._packed = Packed()
+        self._packed = None
         excess = self.tokens - tokens
         while excess > 0:
             dropped = min(excess, self.held[-1].tokens)
@@ -181,7 +195,7 @@ def written(target: mx.array, start: int, update: mx.array, row: int | None = No
     if update.shape == target.shape:
         # MLX would take the update as it is: one row of a batch would keep the memory of all rows.
         return mx.contiguous(update).astype(target.dtype)
-    result = mx.array(target)
+    result = target.__copy__()  # without an operation
     rows = slice(None) if row is None else slice(row, row + 1)
     result[rows, :, start : start + update.shape[2]] = update
     return result

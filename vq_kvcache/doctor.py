@@ -272,7 +272,7 @@ def wrong_arrays(place: str, key_dims: int, value_dims: int, dtype: mx.Dtype) ->
     case = Case(key_dims, value_dims, bits=3.0, dtype=dtype, batch=2, tokens=200)
     held = snapshot(case)
     exact, unit = (held.exact_keys, held.exact_values), allowed(case, 0.0)
-    rows, first = launches.rows(held.layout), (0, 7)
+    rows, first = held.layout.flat, (0, 7)
     asked = *held.codes, rows, *exact, launches.ints(first), held.length + 56, place
     compiled.prepare(place, lambda run: launches.restore(*asked, by=run))
     for prompt in (True, False):

@@ -51,6 +51,13 @@ class Rows:
         return mx.array(np.array(list(counts), np.int32).reshape(-1, 4))
 
     @functools.cached_property
+    def flat(self) -> mx.array:
+        """The same, int32 [4 B], as kernels read it."""
+        ends = (self.window_end,) * len(self.held_sinks)
+        counts = zip(self.held_sinks, self.window_start, ends, self.packed_tokens, strict=True)
+        return mx.array([n for row in counts for n in row], mx.int32)
+
+    @functools.cached_property
     def tokens(self) -> mx.array:
         """The lengths, int32 [B]."""
         return mx.array(self.lengths, mx.int32)

@@ -5,21 +5,22 @@ packed tokens lie in chunks that are hardly ever moved once written.
 """
 
 import dataclasses
-import functools
 import mmap
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Hashable
+from typing import Any, TypeVar, cast
 
 import mlx.core as mx
 
 from .chunks import MAX_CHUNKS, Chunk, Chunks, Packed, fill_pages, words_between, written
 from .drift import DriftSums
 from .kernels import backend
-from .kernels.launches import ChunkSizes, Codes, codes, decodes, ints, kept_by_thread, restore, rows
+from .kernels.launches import ChunkSizes, Codes, codes, decodes, ints, kept_by_thread, restore
 from .rows import Rows, rows_of
 from .spectral.sealing import BLOCK, LAG, packed_of, tokens_to_seal
 from .spectral.spectral_quant import Quantizer, RawQuantizer
 from .trust import encode_words, trusted_arrays, trusted_codes
+
+T = TypeVar("T")
 
 
 def most_bytes(
@@ -41,7 +42,7 @@ def exact_room(tokens: int, window: int, sinks: int, token_bytes: int) -> int:
     return fill_pages(max(sinks + window + LAG + BLOCK, tokens), token_bytes)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(eq=False)
 class Snapshot:
     """The content of a Storage at one moment; later appends do not change it.
 
@@ -56,6 +57,7 @@ class Snapshot:
     key_quantizer: Quantizer
     value_quantizer: Quantizer
     keys_twice: bool = False  # keys serve as values too, and what is stored as values is not attended to
+    _kept: dict[Hashable, Any] | None = dataclasses.field(default=None, init=False, repr=False)
 
     def of_keys(self) -> "Snapshot":
         """The same with the keys in place of the values: what multi-head latent attention reads."""
@@ -71,7 +73,7 @@ class Snapshot:
     @property
     def packed_tokens(self) -> int:
         """Columns of packed tokens: those of the row that holds the most."""
-        return sum(tokens for _, tokens in self.packed)
+        return self.packed.tokens
 
     @property
     def length(self) -> int:
@@ -95,15 +97,26 @@ class Snapshot:
             own, chunks = self.codes
             columns = -(-total // BLOCK) * BLOCK  # or it would be traced anew at every step
             traced = _restoring(self.place, chunks, columns)
-            keys, values = traced(rows(layout), ints(first), self.exact_keys, self.exact_values, *own)
+            keys, values = traced(layout.flat, ints(first), self.exact_keys, self.exact_values, *own)
             return keys[:, :, :total], values[:, :, :total]
         order = None if layout.alike and not any(first) and total == layout.length else layout.order(first, total)
         middle: tuple[mx.array | None, mx.array | None] = self._decoded_codes() if self.packed else (None, None)
         return layout.in_order(self.exact_keys, middle[0], order), layout.in_order(self.exact_values, middle[1], order)
 
-    @functools.cached_property
+    def once(self, what: Hashable, make: Callable[[], T]) -> T:
+        """What `make` gives, made once for these codes and the default device."""
+        if self._kept is None:
+            self._kept = self.packed.kept(mx.default_device() == mx.gpu, self.keys_twice)
+        if what not in self._kept:
+            self._kept[what] = make()
+        return cast(T, self._kept[what])
+
+    @property
     def place(self) -> str:
         """The back-end whose kernels read these codes; "ops" for none."""
+        return self.once("place", self._place)
+
+    def _place(self) -> str:
         place = backend()
         # The kernels' tables place values' words behind the keys'.
         readable = place != "ops" and not self.keys_twice and decodes(self.key_quantizer, self.value_quantizer)
@@ -112,14 +125,17 @@ class Snapshot:
     @property
     def restores(self) -> bool:
         """Whether kernels that were seen to be right turn the codes back."""
-        keys, values = self.exact_keys, self.exact_values
-        dims = keys.shape[3], values.shape[3]
-        return self.place != "ops" and trusted_codes(self.place) and trusted_arrays(self.place, *dims, keys.dtype)
+        return self.once("restores", self._restores)
 
-    @functools.cached_property
+    def _restores(self) -> bool:
+        keys, values, place = self.exact_keys, self.exact_values, self.place
+        dims = keys.shape[3], values.shape[3]
+        return place != "ops" and trusted_codes(place) and trusted_arrays(place, *dims, keys.dtype)
+
+    @property
     def codes(self) -> tuple[Codes, ChunkSizes]:
         """What the kernels read."""
-        return codes(self)
+        return self.once("codes", lambda: codes(self))
 
     def _decoded_codes(self) -> tuple[mx.array, mx.array]:
         words = self.words(0, self.packed_tokens)
@@ -143,7 +159,7 @@ def _restoring(place: str, chunks: ChunkSizes, columns: int) -> Callable[..., tu
 
 
 @kept_by_thread(16)
-def _writing(start: int) -> Callable[..., tuple[mx.array, mx.array]]:
+def writing(start: int) -> Callable[..., tuple[mx.array, mx.array]]:
     """`written` for keys and values, traced once for all layers of a step."""
 
     def both(held_keys: mx.array, held_values: mx.array, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
@@ -204,7 +220,7 @@ class Storage:
             room = self._room(start + added, keys, values)
             self.exact_keys = _resized(self.exact_keys, start, room, keys)
             self.exact_values = _resized(self.exact_values, start, room, values)
-        self.exact_keys, self.exact_values = _writing(start)(self.exact_keys, self.exact_values, keys, values)
+        self.exact_keys, self.exact_values = writing(start)(self.exact_keys, self.exact_values, keys, values)
         self.exact_tokens += added
         if not self.chunks:
             self.held_sinks = min(self.sinks, self.exact_tokens)
@@ -257,7 +273,7 @@ class Storage:
     def layout(self) -> Rows:
         """Where the tokens lie; the same for every row."""
         batch = 0 if self.exact_keys is None else self.exact_keys.shape[0]
-        sinks, packed = (self.held_sinks,) * batch, (self.packed_tokens,) * batch
+        sinks, packed = (self.held_sinks,) * batch, (self.codes.packed.tokens,) * batch
         return rows_of(sinks, sinks, self.exact_tokens, packed)
 
     def check(self) -> None:

@@ -10,7 +10,6 @@ import mlx.core as mx
 import numpy as np
 
 from ..chunks import MAX_CHUNKS, nothing
-from ..rows import Rows
 from ..spectral import codebook, trellis
 from ..spectral.packing import Layout
 from ..spectral.spectral_quant import Quantizer, SpectralQuantizer
@@ -149,14 +148,6 @@ def scale(scale: float) -> mx.array:
     return mx.array([scale * 1.4426950408889634] * 8, mx.float32)
 
 
-@functools.lru_cache(maxsize=64)
-def rows(layout: Rows) -> mx.array:
-    """int32 [4 B]: what each row holds."""
-    counts = zip(layout.held_sinks, layout.window_start, layout.packed_tokens, strict=True)
-    flat = [n for sinks, start, packed in counts for n in (sinks, start, layout.window_end, packed)]
-    return mx.array(flat, mx.int32)
-
-
 ChunkSizes = tuple[tuple[int, int], ...]
 
 
@@ -167,9 +158,9 @@ def tiles_of(chunks: ChunkSizes, tokens: int) -> int:
 
 def mask_inputs(mask: Any) -> tuple[int, tuple[int, int, int, int], mx.array, mx.array]:
     """(kind, strides, bool mask, additive mask)."""
-    hidden, added = nothing(mx.uint8), nothing(mx.float32)
     if not isinstance(mask, mx.array):
-        return MASK_KINDS["none" if mask is None else mask], (0, 0, 0, 0), hidden, added
+        return _without_array("none" if mask is None else mask)
+    hidden, added = nothing(mx.uint8), nothing(mx.float32)
     wide = mask.reshape((1,) * (4 - mask.ndim) + mask.shape)
     steps, step = [], 1
     for size in reversed(wide.shape):
@@ -180,6 +171,11 @@ def mask_inputs(mask: Any) -> tuple[int, tuple[int, int, int, int], mx.array, mx
     if mask.dtype == mx.bool_:
         return MASK_KINDS["bool"], strides, flat.view(mx.uint8), added
     return MASK_KINDS["added"], strides, hidden, flat.astype(mx.float32)
+
+
+@functools.cache
+def _without_array(kind: str) -> tuple[int, tuple[int, int, int, int], mx.array, mx.array]:
+    return MASK_KINDS[kind], (0, 0, 0, 0), nothing(mx.uint8), nothing(mx.float32)
 
 
 def tile_rows(dims: int, most: int) -> int:
@@ -275,7 +271,9 @@ def decode(snapshot: "Snapshot", part: int, first_head: int, heads: int, dtype: 
 
 
 def _decode(codes: Codes, chunks: ChunkSizes, part: int, first_head: int, heads: int, dtype: mx.Dtype) -> Launch:
-    all_heads, dims, _ = codes.bases[part].shape
+    """`decode`; twice the heads of keys are those of keys and then those of values."""
+    all_heads = codes.bases[0].shape[0]
+    dims = max(basis.shape[1] for basis in codes.bases[part : part + 1 + heads // (2 * all_heads)])
     tokens, batch = sum(held for held, _ in chunks), codes.words[0].shape[0]
     stride = tokens + tokens % 2
     params = ints(
@@ -329,26 +327,25 @@ def restore(
     place: str, prompt: bool = False, by: Run | None = None,
 ) -> tuple[mx.array, mx.array]:  # fmt: skip
     """All keys and values, [B, H, columns, D], of the exact ones [B, H, C, D] and the codes, token j of row b in column
-    start[b] + j; zeros in columns of no token. held: `rows` of the layout; start: int32 [B]. For handles, which every
-    layer makes in every step and hardly anybody reads, three launches and no more; for a `prompt`, which reads them,
+    start[b] + j; zeros in columns of no token. held: `flat` of the layout; start: int32 [B]. For handles, which every
+    layer makes in every step and hardly anybody reads, two launches and no more; for a `prompt`, which reads them,
     products of matrices besides. `by` launches them, in place of `run`."""
     by = by or run
     batch, heads, capacity, key_dims = keys.shape
     wide = keys.dtype == mx.float32
     if prompt:
         packed, bases = zip(*(_turned(codes, chunks, part, 0, heads, wide, place) for part in (0, 1)), strict=True)
-        stride = 0
+        stride = coordinates = 0
     else:
-        kind = mx.float32 if wide else mx.float16
-        packed = tuple(by(_decode(codes, chunks, part, 0, heads, kind), place)[0] for part in (0, 1))
-        bases, stride = codes.bases, packed[0].shape[3]
+        levels = by(_decode(codes, chunks, 0, 0, 2 * heads, mx.float32 if wide else mx.float16), place)[0]
+        packed, bases, (_, _, coordinates, stride) = (levels, levels), codes.bases, levels.shape
     dims = key_dims, values.shape[3]
     tokens = sum(held for held, _ in chunks)
     ranks = (basis.shape[1] for basis in codes.bases)
     launch = Launch(
         RESTORE,
         [*packed, keys, values, held, start, *bases, *codes.means,
-         ints((heads, columns, capacity, stride, *ranks, int(prompt), tokens))],
+         ints((heads, columns, capacity, stride, *ranks, int(prompt), tokens, coordinates))],
         [(batch, heads, columns, d) for d in dims],
         [keys.dtype, keys.dtype],
         (-(-columns // RESTORE_TOKENS), batch * heads, 2),
@@ -382,12 +379,11 @@ def has_room(key_dims: int, value_dims: int, dtype: mx.Dtype, place: str) -> boo
     return shared_bytes(key_dims, value_dims, max(key_rows, value_rows), element, warps, 0, place) <= METAL_BYTES
 
 
-def fits(snapshot: "Snapshot", queries: mx.array, place: str) -> bool:
-    """Whether the attention kernels of this back-end take these operands."""
+def fits(snapshot: "Snapshot", dtype: mx.Dtype, place: str) -> bool:
+    """Whether the attention kernels of this back-end take these codes, and queries of this kind of numbers."""
     keys, values = snapshot.key_quantizer, snapshot.value_quantizer
-    if not decodes(keys, values) or snapshot.layout.most_exact > TOKENS * (MOST_SPLITS - 1):
+    if not decodes(keys, values):
         return False
-    dtype = queries.dtype
     if snapshot.exact_keys.dtype != dtype or snapshot.exact_values.dtype != dtype:
         return False
     return _fit(keys, values, snapshot.exact_keys.shape[3], snapshot.exact_values.shape[3], dtype, place)

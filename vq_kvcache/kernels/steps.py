@@ -111,6 +111,30 @@ def _tables(
     return None, (*group, stage), launches.layer_table(keys, values)
 
 
+class Reader(NamedTuple):
+    """What the attention of queries of one shape reads besides them and the exact tokens. tables: the layer's, then
+    `key_basis` to `value_mean` of Operands."""
+
+    shape: Shape
+    words: list[mx.array]
+    chunks: launches.ChunkSizes
+    tables: tuple[mx.array, mx.array, mx.array, mx.array, mx.array]
+
+
+def _reader(
+    snapshot: "Snapshot", place: str, dtype: mx.Dtype, queries: tuple[int, ...], program: columns.Program | None
+) -> Reader:
+    keys, values = launches.spectral(snapshot)
+    batch, query_heads, length, key_dims = queries
+    _, heads, _, value_dims = snapshot.exact_values.shape
+    program, group, table = _tables(keys, values, dtype == mx.float32, place, program)
+    shape = Shape(place, dtype, batch, heads, query_heads // heads, length, key_dims, value_dims, program, group)
+    codes, chunks = snapshot.codes
+    return Reader(
+        shape, codes.words, chunks, (table, keys.synthesis, keys.mean, values.synthesis, values.mean)
+    )  # fmt: skip
+
+
 def _split(exact: int, fewest: int, work: int, room: int, most: int) -> tuple[int, int]:
     """(groups that share the splits of exact tokens, splits of packed tokens). fewest: of such groups; work: rounds of
     one split alone, each about as long as a split of exact tokens; room: groups that run at once; most: splits that
@@ -126,8 +150,8 @@ def _split(exact: int, fewest: int, work: int, room: int, most: int) -> tuple[in
 @functools.lru_cache(maxsize=256)
 def _numbers(
     shape: Shape, layout: Rows, capacity: int, chunks: launches.ChunkSizes, mask: tuple[int, ...], sinks: bool
-) -> tuple[Plan, mx.array, mx.array]:
-    """The plan, `params` and `rows`. chunks: tokens and capacity of each; mask: its kind and strides."""
+) -> tuple[Plan, mx.array]:
+    """The plan and `params`. chunks: tokens and capacity of each; mask: its kind and strides."""
     exact = -(-layout.most_exact // launches.TOKENS)
     tiles = launches.tiles_of(chunks, shape.tokens)
     groups = GROUPS[shape.place]
@@ -144,7 +168,7 @@ def _numbers(
         shape.batch, shape.heads, shape.group_queries, shape.length, exact, splits, capacity, tiles, each, *mask,
         len(chunks), int(sinks), exact_groups, *sum(chunks, ()),
     )  # fmt: skip
-    return Plan(shape, exact + splits, exact_groups + splits), launches.ints(params), launches.rows(layout)
+    return Plan(shape, exact + splits, exact_groups + splits), launches.ints(params)
 
 
 def program_of(
@@ -160,20 +184,15 @@ def step(
     program: columns.Program | None = None,
 ) -> tuple[Plan, Operands]:  # fmt: skip
     """How the attention of these queries is launched, and with what; `program` in place of the one for these codes."""
-    keys, values = launches.spectral(snapshot)
-    batch, query_heads, length, key_dims = queries.shape
-    _, heads, capacity, value_dims = snapshot.exact_values.shape
-    program, group, table = _tables(keys, values, queries.dtype == mx.float32, place, program)
-    shape = Shape(
-        place, queries.dtype, batch, heads, query_heads // heads, length, key_dims, value_dims, program, group
-    )  # fmt: skip
-    codes, chunks = snapshot.codes
+    asked = place, queries.dtype, queries.shape, program
+    reader = snapshot.once(asked, lambda: _reader(snapshot, *asked))
     kind, strides, hidden, added = launches.mask_inputs(mask)
-    plan, params, held = _numbers(shape, snapshot.layout, capacity, chunks, (kind, *strides), sinks is not None)
+    capacity, layout = snapshot.exact_values.shape[2], snapshot.layout
+    plan, params = _numbers(reader.shape, layout, capacity, reader.chunks, (kind, *strides), sinks is not None)
     logits = nothing(mx.float32) if sinks is None else sinks.astype(mx.float32)
     return plan, Operands(
-        codes.words, queries, snapshot.exact_keys, snapshot.exact_values, held, params,
-        launches.scale(scale), hidden, added, table, keys.synthesis, keys.mean, values.synthesis, values.mean, logits,
+        reader.words, queries, snapshot.exact_keys, snapshot.exact_values, layout.flat, params, launches.scale(scale),
+        hidden, added, *reader.tables, logits,
     )  # fmt: skip
 
 
