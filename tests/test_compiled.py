@@ -91,14 +91,25 @@ def test_what_does_not_compile_is_left_to_mlx(error, folder, monkeypatch):
 
     monkeypatch.setattr(compiled, "_compiled", failing)
     compiled.prepare("cuda", lambda run: run(LAUNCH, "cuda"))
-    assert not folder.exists()
+    assert not list(folder.iterdir())
 
 
 def test_without_a_compiler_at_hand_nothing_happens(folder, monkeypatch):
     monkeypatch.setattr(compiled, "LIBRARIES", ("libvq_none.so",))
     compiled._library.cache_clear()
     compiled.prepare("cuda", lambda run: run(LAUNCH, "cuda"))
-    assert not folder.exists()
+    assert not list(folder.iterdir())
+
+
+def test_nothing_is_compiled_that_cannot_be_kept(folder, monkeypatch):
+    made = []
+    monkeypatch.setattr(compiled, "_compiled", lambda launch: made.append(launch) or b"machine code")
+    folder.write_bytes(b"in the way of a folder")
+    compiled.prepare("cuda", lambda run: run(LAUNCH, "cuda"))
+    monkeypatch.setattr(compiled.os, "access", lambda path, mode: False)
+    folder.unlink()
+    compiled.prepare("cuda", lambda run: run(LAUNCH, "cuda"))
+    assert not made
 
 
 def test_only_cuda_has_programs_to_keep(folder, monkeypatch):

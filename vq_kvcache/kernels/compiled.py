@@ -38,7 +38,8 @@ WHEELS = ("nvidia/cu13", "nvidia/cuda_runtime")
 def prepare(place: str, launch_all: Callable[[Run], object]) -> None:
     """Put the CUDA programs of all launches that `launch_all` makes, through the function it is given, where MLX will
     look for them. Nothing is launched, and nothing told when that fails: MLX compiles what it does not find."""
-    if place != "cuda":
+    folder = programs_folder()
+    if place != "cuda" or not _writable(folder):
         return
     launches: list[Launch] = []
 
@@ -47,7 +48,6 @@ def prepare(place: str, launch_all: Callable[[Run], object]) -> None:
         return [mx.zeros(s, d) for s, d in zip(launch.output_shapes, launch.output_dtypes, strict=True)]
 
     launch_all(note)
-    folder = programs_folder()
     missing = {name: launch for launch in launches if not (folder / f"{(name := module_name(launch))}.ptx").exists()}
     with contextlib.suppress(OSError, AttributeError, RuntimeError), concurrent.futures.ThreadPoolExecutor() as pool:
         for name, program in zip(missing, pool.map(_compiled, missing.values()), strict=True):
@@ -62,6 +62,12 @@ def programs_folder() -> pathlib.Path:
     if folder := os.environ.get("MLX_PTX_CACHE_DIR"):
         return pathlib.Path(folder)
     return pathlib.Path(tempfile.gettempdir(), "mlx", mx.__version__, "ptx")  # type: ignore[attr-defined]
+
+
+def _writable(folder: pathlib.Path) -> bool:
+    with contextlib.suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+    return folder.is_dir() and os.access(folder, os.W_OK)
 
 
 def kernel_name(launch: Launch) -> str:
