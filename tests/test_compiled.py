@@ -1,12 +1,13 @@
 """CUDA's programs, where MLX looks for them. Nothing is compiled here: NVRTC comes with MLX's CUDA build."""
 
+import dataclasses
 import subprocess
 
 import host_kernels
 import mlx.core as mx
 import pytest
 
-from vq_kvcache import doctor, kernels
+from vq_kvcache import doctor, kernels, trust
 from vq_kvcache.kernels import compiled, launches, steps
 
 BODY = kernels.Body("toy", ("words", "x"), ("sums",), "vq_toy<T, N>(words, x, sums, vq_shared);\n")
@@ -84,14 +85,19 @@ def test_programs_are_compiled_once_and_put_where_mlx_looks(folder, monkeypatch)
     assert (folder / f"{name}.txt").read_text() == f"mlx::core::cu::{own}\t{own}\n"
 
 
-@pytest.mark.parametrize("error", [OSError("no library"), RuntimeError("NVRTC: error 6"), AttributeError("nvrtc")])
+OTHER = dataclasses.replace(LAUNCH, threads=32)
+
+
+@pytest.mark.parametrize("error", [OSError("nvrtc"), RuntimeError("6"), AttributeError("nvrtc"), KeyError("major")])
 def test_what_does_not_compile_is_left_to_mlx(error, folder, monkeypatch):
     def failing(launch):
-        raise error
+        if launch is LAUNCH:
+            raise error
+        return b"machine code"
 
     monkeypatch.setattr(compiled, "_compiled", failing)
-    compiled.prepare("cuda", lambda run: run(LAUNCH, "cuda"))
-    assert not list(folder.iterdir())
+    compiled.prepare("cuda", lambda run: [run(launch, "cuda") for launch in (LAUNCH, OTHER)])
+    assert [f.name for f in folder.glob("*.ptx")] == [f"{compiled.module_name(OTHER)}.ptx"]
 
 
 def test_without_a_compiler_at_hand_nothing_happens(folder, monkeypatch):
@@ -106,10 +112,38 @@ def test_nothing_is_compiled_that_cannot_be_kept(folder, monkeypatch):
     monkeypatch.setattr(compiled, "_compiled", lambda launch: made.append(launch) or b"machine code")
     folder.write_bytes(b"in the way of a folder")
     compiled.prepare("cuda", lambda run: run(LAUNCH, "cuda"))
-    monkeypatch.setattr(compiled.os, "access", lambda path, mode: False)
     folder.unlink()
+    monkeypatch.setattr(compiled.os, "access", lambda path, mode: False)
+    compiled.prepare("cuda", lambda run: run(LAUNCH, "cuda"))
+    monkeypatch.delenv("MLX_PTX_CACHE_DIR")
+
+    def nowhere():
+        raise FileNotFoundError("No usable temporary directory found")
+
+    monkeypatch.setattr(compiled.tempfile, "gettempdir", nowhere)
     compiled.prepare("cuda", lambda run: run(LAUNCH, "cuda"))
     assert not made
+
+
+def test_nothing_is_compiled_for_an_mlx_that_looks_for_other_names(folder, monkeypatch):
+    monkeypatch.setattr(compiled, "OTHERWISE_NAMED", (mx.__version__,))
+    monkeypatch.setattr(compiled, "_compiled", lambda launch: b"machine code")
+    compiled.prepare("cuda", lambda run: run(LAUNCH, "cuda"))
+    assert not folder.exists()
+
+
+def test_a_program_that_cannot_be_loaded_is_forgotten(folder, monkeypatch):
+    """Or no process would use the kernels any more: MLX does not compile what it finds."""
+    monkeypatch.setattr(compiled, "_compiled", lambda launch: b"machine code")
+    compiled.prepare("cuda", lambda run: [run(launch, "cuda") for launch in (LAUNCH, OTHER)])
+    (folder / "copy_v.ptx").touch()
+
+    def failing(name):
+        raise RuntimeError(f"Failed to load compiled {name} kernel: device kernel image is invalid.")
+
+    for name in (compiled.module_name(LAUNCH), "copy_v"):
+        assert "image is invalid" in trust.what_fails(lambda name=name: failing(name))
+    assert {f.name for f in folder.glob("*.ptx")} == {f"{compiled.module_name(OTHER)}.ptx", "copy_v.ptx"}
 
 
 def test_only_cuda_has_programs_to_keep(folder, monkeypatch):

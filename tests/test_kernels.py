@@ -121,7 +121,9 @@ def _planned_anew():
 @pytest.mark.usefixtures("_planned_anew")
 @pytest.mark.parametrize("mask", ["none", "added"])
 def test_a_group_may_take_several_splits_of_exact_tokens(mask, monkeypatch):
-    monkeypatch.setattr(steps, "_split", lambda exact, fewest, work, room, most: (2 if fewest == 1 else exact, 1))
+    monkeypatch.setattr(
+        steps, "_split", lambda exact, fewest, tiles, *_: steps.Split(2 if fewest == 1 else exact, 1, tiles)
+    )
     case = doctor.Case(96, 64, bits=3.25, batch=2, mask=mask, tokens=600, window=300)
     held = doctor.snapshot(case)
     plan, _ = steps.step(held, mx.zeros((2, 8, 1, 96), mx.float16), 1.0, None, None, PLACE)

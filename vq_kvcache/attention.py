@@ -141,7 +141,7 @@ _sent = threading.local()
 
 
 def keep_pace(*arrays: mx.array) -> None:
-    """Send what these arrays need to a GPU, if they are a large piece of a prompt, and wait for those of the last call:
+    """Send what these arrays of a prompt need to a GPU, if they are a large piece, and wait for those of the last call:
     MLX would send it the work of dozens of layers ahead, each with memory of its own. Waiting for these instead would
     leave it without work whenever Python builds a layer."""
     if mx.default_device().type != mx.DeviceType.gpu or sum(a.nbytes for a in arrays) < LARGE_CHUNK:
@@ -156,7 +156,7 @@ def keep_pace(*arrays: mx.array) -> None:
 def _kernels_attend(snapshot: Snapshot, dtype: mx.Dtype, place: str) -> bool:
     if snapshot.layout.most_exact > launches.TOKENS * (launches.MOST_SPLITS - 1):
         return False
-    return snapshot.once(dtype, lambda: launches.fits(snapshot, dtype, place) and _trusts(snapshot, place))
+    return snapshot.once((dtype, place), lambda: launches.fits(snapshot, dtype, place) and _trusts(snapshot, place))
 
 
 def _trusts(snapshot: Snapshot, place: str) -> bool:

@@ -204,11 +204,10 @@ def problem(case: Case) -> Problem:
     queries = mx.array(generator.normal(size=shape).astype(np.float32)).astype(case.dtype)
     logits = mx.array(generator.normal(size=shape[1]).astype(np.float32)).astype(case.dtype) if case.sinks else None
     scale, mask = case.sharpness * case.key_dims**-0.5, mask_of(case, held)
-    expected, stock = [], []
+    expected, stock, exact_queries = [], [], np.array(queries.astype(mx.float32), dtype=np.float64)
     for b, (keys, values) in enumerate(decoded(held)):
         added = _added(case, mask, b, keys.shape[1])
-        q = np.array(queries[b].astype(mx.float32), dtype=np.float64)
-        scores = q @ np.repeat(keys, case.group, axis=0).swapaxes(1, 2) * scale + added
+        scores = exact_queries[b] @ np.repeat(keys, case.group, axis=0).swapaxes(1, 2) * scale + added
         top = scores.max(axis=-1, keepdims=True)
         weights = np.exp(scores - top)
         total = weights.sum(axis=-1, keepdims=True)
@@ -218,7 +217,7 @@ def problem(case: Case) -> Problem:
         k, v = (mx.array(x[None].astype(np.float32)).astype(case.dtype) for x in (keys, values))
         own = mx.array(np.maximum(added, -1e4)[None].astype(np.float32)).astype(case.dtype)
         attention = original_attention()(queries[b : b + 1], k, v, scale=scale, mask=own, sinks=logits)
-        stock.append(np.array(attention[0].astype(mx.float32), dtype=np.float64))
+        stock.append(np.array(attention.astype(mx.float32), dtype=np.float64)[0])
     return Problem(held, queries, scale, mask, logits, np.stack(expected), np.stack(stock))
 
 
@@ -281,7 +280,7 @@ def wrong_arrays(place: str, key_dims: int, value_dims: int, dtype: mx.Dtype) ->
             for own, tokens in zip(found, pair, strict=True):
                 behind = own.shape[2] - first[b] - tokens.shape[1]
                 expected = np.pad(tokens, [(0, 0), (first[b], behind), (0, 0)])  # columns of no token are zero
-                off = np.abs(np.array(own[b].astype(mx.float32)) - expected).max()
+                off = np.abs(np.array(own.astype(mx.float32))[b] - expected).max()
                 # MLX's own products of float32 have TF32's ten bits, where there is TF32.
                 if not off <= (max(unit, 2.0**-9) if prompt else unit) * np.abs(expected).max():
                     return f"{case}: {'prompts' if prompt else 'handles'} off by {off:.2g}"
@@ -298,7 +297,7 @@ def wrong_codes(place: str) -> str:
     decoding = [launches.decode(held, part, 0, 2, mx.float16) for part in (0, 1)]
     compiled.prepare(place, lambda run: [run(launch, place) for launch in (encoding, *decoding)])
     (words,) = kernels.run(encoding, place)
-    found = unpack_reference(np.array(words[0]), own.layout).swapaxes(1, 2)
+    found = unpack_reference(np.array(words)[0], own.layout).swapaxes(1, 2)
     expected = sum(s.count * distortion(s.width) for head in own.layout.segments for s in head)
     error = float(((found - (x - mean) @ analysis) ** 2).sum(axis=(0, 2)).mean())
     if not error <= 1.5 * expected:
@@ -306,8 +305,8 @@ def wrong_codes(place: str) -> str:
     for part, q in enumerate((held.key_quantizer, held.value_quantizer)):
         assert isinstance(q, SpectralQuantizer)
         (levels,) = kernels.run(decoding[part], place)
-        plain = unpack_reference(np.array(held.words(0, held.packed_tokens)[part][0]), q.layout)
-        off = float(np.abs(np.array(levels[0, ..., : held.packed_tokens]) - plain).max())
+        plain = unpack_reference(np.array(held.words(0, held.packed_tokens)[part])[0], q.layout)
+        off = float(np.abs(np.array(levels)[0, ..., : held.packed_tokens] - plain).max())
         if not off <= 4e-3:
             return f"decoding: levels off by {off:.2g}"
     return ""

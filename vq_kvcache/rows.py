@@ -5,6 +5,7 @@ import functools
 
 import mlx.core as mx
 import numpy as np
+from numpy.typing import NDArray
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,16 +47,18 @@ class Rows:
     def array(self) -> mx.array:
         """int32 [B, 4]: held_sinks, window_start, window_end, packed_tokens. Numbers, not an operation that waits to be
         run: an equal state of another thread, with a stream of its own, shares them."""
-        ends = (self.window_end,) * len(self.held_sinks)
-        counts = zip(self.held_sinks, self.window_start, ends, self.packed_tokens, strict=True)
-        return mx.array(np.array(list(counts), np.int32).reshape(-1, 4))
+        return mx.array(self._counts)
 
     @functools.cached_property
     def flat(self) -> mx.array:
         """The same, int32 [4 B], as kernels read it."""
+        return mx.array(self._counts.reshape(-1))
+
+    @property
+    def _counts(self) -> NDArray[np.int32]:
         ends = (self.window_end,) * len(self.held_sinks)
         counts = zip(self.held_sinks, self.window_start, ends, self.packed_tokens, strict=True)
-        return mx.array([n for row in counts for n in row], mx.int32)
+        return np.array(list(counts), np.int32).reshape(-1, 4)
 
     @functools.cached_property
     def tokens(self) -> mx.array:

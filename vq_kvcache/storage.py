@@ -104,16 +104,17 @@ class Snapshot:
         return layout.in_order(self.exact_keys, middle[0], order), layout.in_order(self.exact_values, middle[1], order)
 
     def once(self, what: Hashable, make: Callable[[], T]) -> T:
-        """What `make` gives, made once for these codes and the default device."""
+        """What `make` gives, made once for these codes, kinds of exact numbers and the default device."""
         if self._kept is None:
-            self._kept = self.packed.kept(mx.default_device() == mx.gpu, self.keys_twice)
+            dtypes = self.exact_keys.dtype, self.exact_values.dtype
+            self._kept = self.packed.kept(mx.default_device() == mx.gpu, self.keys_twice, dtypes)
         if what not in self._kept:
             self._kept[what] = make()
         return cast(T, self._kept[what])
 
     @property
     def place(self) -> str:
-        """The back-end whose kernels read these codes; "ops" for none."""
+        """The back-end whose kernels read these codes, chosen when they are first read; "ops" for none."""
         return self.once("place", self._place)
 
     def _place(self) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import mlx.core as mx
 
 from . import kernels
-from .kernels import columns, launches
+from .kernels import columns, compiled, launches
 from .spectral.spectral_quant import Quantizer, SpectralQuantizer
 
 
@@ -57,6 +57,7 @@ def what_fails(check: Callable[[], str]) -> str:
     try:
         return check()
     except RuntimeError as error:
+        compiled.forget(str(error))
         return str(error).strip().splitlines()[0]
 
 

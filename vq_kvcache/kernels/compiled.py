@@ -2,8 +2,8 @@
 
 MLX compiles a custom kernel when it first evaluates it: one after another, behind headers that ours do not need, and
 again in every process. But before it compiles anything it looks among its files (MLX, backend/cuda/jit_module.cpp,
-read_cached_ptx), under the kernel's name and a hash of its source. What is put there, it takes. Where it looks for
-something else, or what it compiles with is not to be found, it compiles as ever.
+read_cached_ptx), under the kernel's name and a hash of its source. What is put there, MLX 0.32.1 and later take. Where
+it looks for something else, or what it compiles with is not to be found, it compiles as ever.
 """
 
 import concurrent.futures
@@ -12,6 +12,7 @@ import ctypes
 import functools
 import os
 import pathlib
+import re
 import tempfile
 from collections.abc import Callable
 from typing import Any
@@ -31,6 +32,8 @@ MLX_HEADER = '\n#include "mlx/backend/cuda/device/utils.cuh"\n\n#include <cooper
 MLX_NAMES = "namespace mlx::core::cu {\n\nnamespace cg = cooperative_groups;\n\n"
 MLX_END = "\n} // namespace mlx::core::cu\n"
 OWN_HEADER = "using int32_t = int;\nusing uint32_t = unsigned int;\nusing uint8_t = unsigned char;\n"
+OTHERWISE_NAMED = ("0.32.0",)  # versions of MLX that do not hash the source
+NOT_LOADED = re.compile(r"Failed to load compiled (custom_kernel_vq_\w+) kernel")
 LIBRARIES = ("libnvrtc.so.13", "libnvrtc.so.12")
 WHEELS = ("nvidia/cu13", "nvidia/cuda_runtime")
 
@@ -38,8 +41,7 @@ WHEELS = ("nvidia/cu13", "nvidia/cuda_runtime")
 def prepare(place: str, launch_all: Callable[[Run], object]) -> None:
     """Put the CUDA programs of all launches that `launch_all` makes, through the function it is given, where MLX will
     look for them. Nothing is launched, and nothing told when that fails: MLX compiles what it does not find."""
-    folder = programs_folder()
-    if place != "cuda" or not _writable(folder):
+    if place != "cuda" or mx.__version__ in OTHERWISE_NAMED:  # type: ignore[attr-defined]
         return
     launches: list[Launch] = []
 
@@ -48,13 +50,32 @@ def prepare(place: str, launch_all: Callable[[Run], object]) -> None:
         return [mx.zeros(s, d) for s, d in zip(launch.output_shapes, launch.output_dtypes, strict=True)]
 
     launch_all(note)
-    missing = {name: launch for launch in launches if not (folder / f"{(name := module_name(launch))}.ptx").exists()}
-    with contextlib.suppress(OSError, AttributeError, RuntimeError), concurrent.futures.ThreadPoolExecutor() as pool:
-        for name, program in zip(missing, pool.map(_compiled, missing.values()), strict=True):
-            # MLX reads the program and then its functions' names, so those must be there first.
-            names = f"mlx::core::cu::{kernel_name(missing[name])}\t{kernel_name(missing[name])}\n"
-            write_atomically(folder / f"{name}.txt", names.encode())
-            write_atomically(folder / f"{name}.ptx", program)
+    with contextlib.suppress(OSError, KeyError):
+        _keep({module_name(launch): launch for launch in launches}, programs_folder())
+
+
+def _keep(launches: dict[str, Launch], folder: pathlib.Path) -> None:
+    """Compile those of which no program is there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    missing = {name: launch for name, launch in launches.items() if not (folder / f"{name}.ptx").exists()}
+    if not missing or not os.access(folder, os.W_OK):
+        return
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        programs = pool.map(_compiled_or_none, missing.values())
+        for (name, launch), program in zip(missing.items(), programs, strict=True):
+            if program is not None:
+                # MLX reads the program and then its functions' names, so those must be there first.
+                names = f"mlx::core::cu::{kernel_name(launch)}\t{kernel_name(launch)}\n"
+                write_atomically(folder / f"{name}.txt", names.encode())
+                write_atomically(folder / f"{name}.ptx", program)
+
+
+def forget(error: str) -> None:
+    """Remove the program that MLX could not load, by its own words, if it is one of these: the next process compiles it
+    anew, for the compiler and the driver that are here now."""
+    if found := NOT_LOADED.search(error):
+        with contextlib.suppress(OSError):
+            (programs_folder() / f"{found[1]}.ptx").unlink()
 
 
 def programs_folder() -> pathlib.Path:
@@ -62,12 +83,6 @@ def programs_folder() -> pathlib.Path:
     if folder := os.environ.get("MLX_PTX_CACHE_DIR"):
         return pathlib.Path(folder)
     return pathlib.Path(tempfile.gettempdir(), "mlx", mx.__version__, "ptx")  # type: ignore[attr-defined]
-
-
-def _writable(folder: pathlib.Path) -> bool:
-    with contextlib.suppress(OSError):
-        folder.mkdir(parents=True, exist_ok=True)
-    return folder.is_dir() and os.access(folder, os.W_OK)
 
 
 def kernel_name(launch: Launch) -> str:
@@ -135,6 +150,12 @@ def _options() -> tuple[bytes, ...]:
     found = next((folder for folder in folders if (folder / "cuda_fp16.h").exists()), folders[-1])
     architecture = f"--gpu-architecture=sm_{major}{minor}{'a' if int(major) >= 9 else ''}"
     return architecture.encode(), b"--device-as-default-execution-space", f"--include-path={found}".encode()
+
+
+def _compiled_or_none(launch: Launch) -> bytes | None:
+    with contextlib.suppress(OSError, AttributeError, RuntimeError, KeyError):
+        return _compiled(launch)
+    return None
 
 
 def _compiled(launch: Launch) -> bytes:

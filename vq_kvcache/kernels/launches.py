@@ -303,19 +303,19 @@ def decode_heads(snapshot: "Snapshot", part: int, first_head: int, heads: int, p
     """Packed keys (0) or values (1) of some heads, [B, heads, P, D] in the model's dtype."""
     dtype = (snapshot.exact_keys, snapshot.exact_values)[part].dtype
     own, chunks = snapshot.codes
-    product, factor = _turned(own, chunks, part, first_head, heads, dtype == mx.float32, place)
+    product, factor = _turned(own, chunks, part, first_head, heads, dtype == mx.float32, place, run)
     return (product.astype(mx.float32) * factor + own.means[part][first_head : first_head + heads]).astype(dtype)
 
 
 def _turned(
-    codes: Codes, chunks: ChunkSizes, part: int, first_head: int, heads: int, wide: bool, place: str
+    codes: Codes, chunks: ChunkSizes, part: int, first_head: int, heads: int, wide: bool, place: str, by: Run
 ) -> tuple[mx.array, mx.array]:
     """Packed keys or values less their mean and divided by a factor [heads, 1, 1], [B, heads, P, D]; float32 if `wide`.
 
     Half precision holds levels better than bfloat16 does; the factor keeps the basis within its range.
     """
     kind = mx.float32 if wide else mx.float16
-    found = run(_decode(codes, chunks, part, first_head, heads, kind), place)[0]
+    found = by(_decode(codes, chunks, part, first_head, heads, kind), place)[0]
     z = found[..., : sum(held for held, _ in chunks)].swapaxes(-1, -2)
     basis = codes.bases[part][first_head : first_head + heads]
     factor = mx.maximum(mx.abs(basis).max(axis=(1, 2), keepdims=True), 1e-30)
@@ -334,11 +334,11 @@ def restore(
     batch, heads, capacity, key_dims = keys.shape
     wide = keys.dtype == mx.float32
     if prompt:
-        packed, bases = zip(*(_turned(codes, chunks, part, 0, heads, wide, place) for part in (0, 1)), strict=True)
+        packed, bases = zip(*(_turned(codes, chunks, part, 0, heads, wide, place, by) for part in (0, 1)), strict=True)
         stride = coordinates = 0
     else:
         levels = by(_decode(codes, chunks, 0, 0, 2 * heads, mx.float32 if wide else mx.float16), place)[0]
-        packed, bases, (_, _, coordinates, stride) = (levels, levels), codes.bases, levels.shape
+        packed, bases, (_, _, coordinates, stride) = (levels, nothing(levels.dtype)), codes.bases, levels.shape
     dims = key_dims, values.shape[3]
     tokens = sum(held for held, _ in chunks)
     ranks = (basis.shape[1] for basis in codes.bases)

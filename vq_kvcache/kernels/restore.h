@@ -1,7 +1,8 @@
 // Packed keys and values back among the exact tokens, in the order of the sequence, as a model sees them. `turned`, for
 // prompts: what decode.h found is out of the basis of the codes already, but for a factor and the mean. Otherwise, for
 // whoever reads a handle as an array, these are levels, of keys and values alike: [B, heads of keys and then of values,
-// coordinates, tokens]. One thread group: x eight columns of the result, y head and batch row, z keys (0) or values.
+// coordinates, tokens], in place of the packed keys. One thread group: x eight columns of the result, y head and batch row,
+// z keys (0) or values.
 
 enum { VQ_RESTORE_TOKENS = 8 };
 // Positions in `params`, int32. STRIDE: tokens between two levels of a coordinate. ROWS: coordinates of keys, of values;
@@ -60,6 +61,6 @@ VQ_FN void vq_restore(VQ_IN(E) packed_keys, VQ_IN(E) packed_values, VQ_IN(T) key
     vq_restore_part<T, E, DK>(packed_keys, keys, key_basis, key_mean, held, 0, params, all_keys, first, start[batch], y,
                               worker);
   if (z == 1 && worker < DV)
-    vq_restore_part<T, E, DV>(packed_values, values, value_basis, value_mean, held, 1, params, all_values, first,
+    vq_restore_part<T, E, DV>(params[VQ_RESTORE_TURNED] ? packed_values : packed_keys, values, value_basis, value_mean, held, 1, params, all_values, first,
                               start[batch], y, worker);
 }

@@ -135,16 +135,30 @@ def _reader(
     )  # fmt: skip
 
 
-def _split(exact: int, fewest: int, work: int, room: int, most: int) -> tuple[int, int]:
-    """(groups that share the splits of exact tokens, splits of packed tokens). fewest: of such groups; work: rounds of
-    one split alone, each about as long as a split of exact tokens; room: groups that run at once; most: splits that
-    have something to do."""
-    shared = [(n, min(room - n, most)) for n in range(max(fewest, 1), min(exact, room - 1) + 1)]
-    tried = [(max(-(-work // splits), -(-exact // n)), n, splits) for n, splits in shared]
-    every = max(min(room, most), 1)
-    tried.append((-(-work // every) + 1, exact, every))  # some groups wait for others
-    _, groups, splits = min(tried, key=lambda t: (t[0], t[1], -t[2]))
-    return groups, splits
+class Split(NamedTuple):
+    """How the thread groups of a plane and eight queries share tokens: exact_groups take the splits of exact tokens in
+    turn, `splits` others those of packed ones, of `each` tiles."""
+
+    exact_groups: int
+    splits: int
+    each: int
+
+
+def _split(exact: int, fewest: int, tiles: int, warps: int, room: int, most: int) -> Split:
+    """fewest: of groups for exact tokens. warps: tiles that a group works on at once, in a round, about as long as a
+    split of exact tokens takes it; room: groups that run at once; most: splits of packed tokens that have something to
+    do."""
+
+    def shared(exact_groups: int, splits: int, rounds: float, waiting: int) -> tuple[float, int, Split]:
+        each = -(-tiles // splits)
+        splits = -(-tiles // each)
+        took = max(each / warps, 1.0, rounds) + waiting
+        return took, exact_groups + splits, Split(exact_groups, splits, each)
+
+    tried = [shared(exact, max(min(room, most), 1), 0.0, int(exact > 0))]  # some groups wait for others
+    for groups in range(max(fewest, 1), min(exact, room - 1) + 1):
+        tried.append(shared(groups, min(room - groups, most), -(-exact // groups), 0))
+    return min(tried)[2]
 
 
 @functools.lru_cache(maxsize=256)
@@ -161,14 +175,12 @@ def _numbers(
     most = max(min(-(-tiles // shape.warps), launches.MOST_SPLITS - exact), 1)
     fewest = 1 if shape.program else exact
     room = groups // (shape.planes * shape.row_tiles)
-    exact_groups, splits = _split(exact, fewest, -(-tiles // together), room, most)
-    each = -(-tiles // (together * splits)) * together
-    splits = -(-tiles // each)
+    split = _split(exact, fewest, tiles, together, room, most)
     params = (
-        shape.batch, shape.heads, shape.group_queries, shape.length, exact, splits, capacity, tiles, each, *mask,
-        len(chunks), int(sinks), exact_groups, *sum(chunks, ()),
+        shape.batch, shape.heads, shape.group_queries, shape.length, exact, split.splits, capacity, tiles, split.each,
+        *mask, len(chunks), int(sinks), split.exact_groups, *sum(chunks, ()),
     )  # fmt: skip
-    return Plan(shape, exact + splits, exact_groups + splits), launches.ints(params)
+    return Plan(shape, exact + split.splits, split.exact_groups + split.splits), launches.ints(params)
 
 
 def program_of(
