@@ -510,3 +510,11 @@ def test_codes_that_changed_are_other_codes(change):
     assert codes.packed is not before
     assert codes.packed.tokens == codes.tokens == {"extend": 12, "append": 12, "cut": 4}.get(change, 8)
     assert codes.packed[0][0] is codes.held[0].words
+
+
+def test_what_codes_are_read_with_is_of_their_kinds_of_numbers():
+    """Those of the exact tokens may change: a cache's keys can be set."""
+    held, _, _ = filled(300)
+    first = held.snapshot().once("kind", lambda: "as they were")
+    held.exact_keys = held.exact_keys.astype(mx.float16)
+    assert (first, held.snapshot().once("kind", lambda: "others")) == ("as they were", "others")
