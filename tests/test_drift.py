@@ -16,6 +16,7 @@ from vq_kvcache.drift import LEAST_TOKENS, LIMIT, STRIDE, Drift, DriftSums
 from vq_kvcache.hooks import make_prompt_cache
 from vq_kvcache.options import CacheOptions
 from vq_kvcache.spectral.codec import find_codec, fingerprint
+from vq_kvcache.spectral.sealing import BLOCK
 from vq_kvcache.spectral.spectral_quant import SpectralQuantizer
 
 
@@ -93,3 +94,16 @@ def test_the_larger_of_keys_and_values_counts_per_token():
     assert Drift(LEAST_TOKENS // STRIDE, LIMIT * 1.01).is_large
     assert not Drift(LEAST_TOKENS // STRIDE - 1, LIMIT * 1.01).is_large
     assert not Drift(LEAST_TOKENS // STRIDE, LIMIT).is_large
+
+
+def test_of_blocks_that_come_one_at_a_time_every_fourth_is_looked_at():
+    layer = random_codec().plan(2.0).layers[0]
+    vectors = mx.ones((1, layer.keys.mean.shape[0], 3 * BLOCK, layer.keys.mean.shape[-1]))
+    words, sums, looked = mx.zeros((1, 1, 1)), DriftSums(), []
+    for tokens in (3 * BLOCK, *[BLOCK] * 9):
+        before = sums.tokens
+        sums.watch(words, vectors[:, :, :tokens], vectors[:, :, :tokens], layer.keys, layer.values)
+        looked.append(sums.tokens - before)
+    assert looked == [3 * BLOCK // STRIDE, *[BLOCK, 0, 0, 0] * 2, BLOCK]
+    alike = max(q.drift(vectors[:, :, :1]).item() for q in (layer.keys, layer.values))
+    assert sums.read().energy == pytest.approx(alike, rel=1e-4)

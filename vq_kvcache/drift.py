@@ -7,9 +7,10 @@ from collections.abc import Sequence
 import mlx.core as mx
 import numpy as np
 
+from .spectral.sealing import BLOCK
 from .spectral.spectral_quant import Quantizer, RawQuantizer
 
-STRIDE = 4  # every fourth token is looked at
+STRIDE = 4  # every fourth token is looked at; of blocks that come one at a time, every fourth block
 # A tenth above what text of the calibration's kind, but none of its own, reads at most (benchmarks/drift_limit.py).
 LIMIT = 1.3
 LEAST_TOKENS = 1024
@@ -34,10 +35,12 @@ class Drift:
 
 @dataclasses.dataclass
 class DriftSums:
-    """Running sums of `SpectralQuantizer.drift` of keys and values, [2], over `tokens` vectors; None before any."""
+    """Running sums of `SpectralQuantizer.drift` of keys and values, [2], over `tokens` vectors; None before any.
+    blocks: that came one at a time."""
 
     sums: mx.array | None = None
     tokens: int = 0
+    blocks: int = 0
 
     def watch(
         self, words: mx.array, keys: mx.array, values: mx.array, key_quantizer: Quantizer, value_quantizer: Quantizer
@@ -45,11 +48,16 @@ class DriftSums:
         """Add the vectors that became `words`; returns the words, whose evaluation now brings the sums' with it."""
         if isinstance(key_quantizer, RawQuantizer) and isinstance(value_quantizer, RawQuantizer):
             return words
+        stride = STRIDE
+        if keys.shape[2] == BLOCK:  # while decoding, where thirty operations in every layer are felt
+            self.blocks, stride = self.blocks + 1, 1
+            if self.blocks % STRIDE != 1:
+                return words
         seen = [
-            mx.array(0.0) if isinstance(q, RawQuantizer) else q.drift(x[:, :, ::STRIDE])
+            mx.array(0.0) if isinstance(q, RawQuantizer) else q.drift(x[:, :, ::stride])
             for q, x in ((key_quantizer, keys), (value_quantizer, values))
         ]
-        self.tokens += keys.shape[0] * -(-keys.shape[2] // STRIDE)
+        self.tokens += keys.shape[0] * -(-keys.shape[2] // stride)
         self.sums = mx.stack(seen) if self.sums is None else self.sums + mx.stack(seen)
         result: mx.array = mx.depends([words], [self.sums])[0]
         return result

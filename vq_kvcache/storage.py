@@ -170,6 +170,18 @@ def writing(start: int) -> Callable[..., tuple[mx.array, mx.array]]:
     return traced
 
 
+@kept_by_thread(16)
+def _dropping(start: int, count: int, tokens: int, room: int) -> Callable[..., tuple[mx.array, mx.array]]:
+    """Exact keys and values, `tokens` of them, without `count` from `start` on, in `room` columns; traced once for all
+    layers."""
+
+    def both(keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        return _without(keys, start, count, tokens, room), _without(values, start, count, tokens, room)
+
+    traced: Callable[..., tuple[mx.array, mx.array]] = mx.compile(both)
+    return traced
+
+
 class Storage:
     """Keys [B, H, T, Dk] and values [B, H, T, Dv] of one layer, appended at the end, trimmed at the end.
 
@@ -241,8 +253,8 @@ class Storage:
         words = mx.concatenate([encode(self.key_quantizer, keys), encode(self.value_quantizer, values)], axis=1)
         self.codes.append(self.drift.watch(words, keys, values, self.key_quantizer, self.value_quantizer))
         room = self._room(self.exact_tokens - count, self.exact_keys, self.exact_values)
-        self.exact_keys = _without(self.exact_keys, s, count, self.exact_tokens, room)
-        self.exact_values = _without(self.exact_values, s, count, self.exact_tokens, room)
+        dropped = _dropping(s, count, self.exact_tokens, room)
+        self.exact_keys, self.exact_values = dropped(self.exact_keys, self.exact_values)
         self.exact_tokens -= count
 
     def _room(self, tokens: int, keys: mx.array, values: mx.array) -> int:
