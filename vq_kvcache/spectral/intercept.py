@@ -48,6 +48,7 @@ class Handle(mx.array):
     """An array that knows its source, and which part of it ("keys" or "values") it is. Every op takes it for the array
     it wraps and returns plain arrays."""
 
+    __slots__ = ("part", "source")  # every layer makes two in every step
     source: Source
     part: str
 
