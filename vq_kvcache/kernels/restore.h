@@ -61,6 +61,6 @@ VQ_FN void vq_restore(VQ_IN(E) packed_keys, VQ_IN(E) packed_values, VQ_IN(T) key
     vq_restore_part<T, E, DK>(packed_keys, keys, key_basis, key_mean, held, 0, params, all_keys, first, start[batch], y,
                               worker);
   if (z == 1 && worker < DV)
-    vq_restore_part<T, E, DV>(params[VQ_RESTORE_TURNED] ? packed_values : packed_keys, values, value_basis, value_mean, held, 1, params, all_values, first,
-                              start[batch], y, worker);
+    vq_restore_part<T, E, DV>(params[VQ_RESTORE_TURNED] ? packed_values : packed_keys, values, value_basis, value_mean, held,
+                              1, params, all_values, first, start[batch], y, worker);
 }

@@ -130,9 +130,7 @@ def _reader(
     program, group, table = _tables(keys, values, dtype == mx.float32, place, program)
     shape = Shape(place, dtype, batch, heads, query_heads // heads, length, key_dims, value_dims, program, group)
     codes, chunks = snapshot.codes
-    return Reader(
-        shape, codes.words, chunks, (table, keys.synthesis, keys.mean, values.synthesis, values.mean)
-    )  # fmt: skip
+    return Reader(shape, codes.words, chunks, (table, keys.synthesis, keys.mean, values.synthesis, values.mean))
 
 
 class Split(NamedTuple):
@@ -171,7 +169,7 @@ def _numbers(
     groups = GROUPS[shape.place]
     if shape.program and shape.place == "cuda":
         groups = MULTIPROCESSORS * shape.program.groups
-    together = shape.warps if shape.program else 1  # warps that take as many tiles each
+    together = shape.warps if shape.program else 1  # tiles that a group works on at once
     most = max(min(-(-tiles // shape.warps), launches.MOST_SPLITS - exact), 1)
     fewest = 1 if shape.program else exact
     room = groups // (shape.planes * shape.row_tiles)
