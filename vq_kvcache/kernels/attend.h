@@ -96,16 +96,24 @@ VQ_FN void vq_attend_exact(VQ_IN(T) q, VQ_IN(T) keys, VQ_IN(T) values, VqRows he
     VQ_UNROLL
     for (int i = 0; i < (DK + 31) / 32; ++i) own[i] = i * 32 + at.lane < DK ? vq_float(key[i * 32 + at.lane]) : 0.0f;
     VQ_LOOP
-    for (int row = 0; row < rows; ++row) {
-      float score = 0.0f;
+    for (int row = 0; row < rows; row += 4) {  // four at once, so that their shuffles follow one another
+      float score[4] = {0.0f, 0.0f, 0.0f, 0.0f};
       VQ_UNROLL
-      for (int i = 0; i < (DK + 31) / 32; ++i)
-        if (i * 32 + at.lane < DK) score = vq_fma(shared[row * DK + i * 32 + at.lane], own[i], score);
+      for (int i = 0; i < (DK + 31) / 32; ++i) {
+        VQ_UNROLL
+        for (int r = 0; r < 4; ++r)
+          if (i * 32 + at.lane < DK) score[r] = vq_fma(shared[(row + r) * DK + i * 32 + at.lane], own[i], score[r]);
+      }
       VQ_UNROLL
-      for (uint bit = 16; bit; bit /= 2) score += vq_shuffle_xor(score, bit);
-      if (at.lane == 0)
-        scores[row * VQ_TOKENS + t] =
-            vq_masked(score, params, hidden, added, at, at.first + row, position, held.packed + exact);
+      for (uint bit = 16; bit; bit /= 2) {
+        VQ_UNROLL
+        for (int r = 0; r < 4; ++r) score[r] += vq_shuffle_xor(score[r], bit);
+      }
+      VQ_UNROLL
+      for (int r = 0; r < 4; ++r)
+        if (at.lane == r && row + r < rows)
+          scores[(row + r) * VQ_TOKENS + t] =
+              vq_masked(score[r], params, hidden, added, at, at.first + row + r, position, held.packed + exact);
     }
   }
   VQ_SYNC_GROUP();
