@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import functools
 import hashlib
+import mmap
 import os
 import pathlib
 import shutil
@@ -91,10 +92,22 @@ def compiled(source):
     return ctypes.CDLL(str(library)).run
 
 
+def _guarded(array):
+    """A copy with nothing behind it: a kernel that reads there is stopped, and the process with it."""
+    page = mmap.PAGESIZE
+    size = -(-array.nbytes // page) * page
+    memory = mmap.mmap(-1, size + page)
+    end = ctypes.c_void_p(ctypes.addressof(ctypes.c_char.from_buffer(memory)) + size)
+    assert ctypes.CDLL(None).mprotect(end, ctypes.c_size_t(page), 0) == 0
+    copy = np.frombuffer(memory, array.dtype, array.size, offset=size - -(-array.nbytes // 16) * 16)
+    copy[...] = array.ravel()
+    return copy.reshape(array.shape)
+
+
 def run(launch, source=source_of):
     """The outputs as MLX arrays; `source` makes the program."""
     mx.eval(list(launch.inputs))
-    held = [np.ascontiguousarray(np.array(a.view(mx.uint16) if a.dtype == mx.bfloat16 else a)) for a in launch.inputs]
+    held = [_guarded(np.array(a.view(mx.uint16) if a.dtype == mx.bfloat16 else a)) for a in launch.inputs]
     held.append(np.array(launch.groups, np.int32))
     outputs = []
     for shape, dtype in zip(launch.output_shapes, launch.output_dtypes, strict=True):
