@@ -31,15 +31,19 @@ def test_every_stored_coordinate_has_one_column():
 
 
 def tasks_of(numbers):
-    """Read a head's list as lookup.h does: (kind, numbers of a task, its columns) of each task."""
+    """Read a head's list as lookup.h does: (kind, numbers of a task, its columns) of each task. Of a ring of 2 bits
+    that fills a word the kind is its word."""
     column, alone, tail = 0, numbers[2] & 0xFFFF, numbers[2] >> 16
+    for ring in range(numbers[3] >> 16 & 255):
+        yield (numbers[3] >> 24) + ring, (), range(column, column + 16)
+        column += 16
     at = columns.LIST_HEADER
     counts = [n >> 8 * i & 255 for n in numbers[:2] for i in range(4)]
     for kind, count in zip(columns.KINDS, counts, strict=True):
         for _ in range(count):
             if kind is None:
-                yield kind, numbers[at : at + 16], range(alone, alone + 8)
-                at, alone = at + 16, alone + 8
+                yield kind, numbers[at : at + 24], range(alone, alone + 8)
+                at, alone = at + 24, alone + 8
                 continue
             width, half = kind
             eights, pairs = columns.RING_SLOTS[width], columns.RING_PAIRS.get(width, [])
@@ -62,9 +66,12 @@ def test_columns_hold_the_slots_that_the_kernel_writes_there():
             written = {}
             for kind, task, own in tasks_of(found.numbers):
                 if kind is None:
-                    told = zip(task[::2], task[1::2], strict=True)
+                    told = zip(task[::3], task[1::3], strict=True)
                     codes = [(n >> 12, ((n & 31) + 1) % 32, mask.bit_length() - 1) for n, mask in told]
-                    assert list(task[1::2]) == [2 ** (width + 1) - 2 for _, _, width in codes]
+                    assert list(task[1::3]) == [2 ** (width + 1) - 2 for _, _, width in codes]
+                    assert list(task[2::3]) == [2 ** (width + 1) for _, _, width in codes]
+                elif isinstance(kind, int):
+                    codes = [(kind, 2 * slot, 2) for slot in columns.RING_SLOTS[2]]
                 else:
                     width, half = kind
                     n, to_one, mask, to_two = task
@@ -76,9 +83,9 @@ def test_columns_hold_the_slots_that_the_kernel_writes_there():
                     codes = [(n >> 12, (n & 31) + slot * width, width) if slot < slots else None for slot in places]
                 written |= dict(zip(own, codes, strict=True))
             for ring, coordinates in enumerate(found.whole):
-                word = (found.numbers[3] >> 16) + ring
+                word = (found.numbers[3] >> 8 & 255) + ring
                 assert [place[n] for n in coordinates] == [(word, slot, 1) for slot in range(32)]
-            assert len(found.whole) == found.numbers[3] & 0xFFFF
+            assert len(found.whole) == found.numbers[3] & 255
             assert sorted(written) == list(range(found.written))
             assert [written[c] for c, n in enumerate(found.order) if n >= 0] == [
                 place[n] for n in found.order if n >= 0
@@ -88,7 +95,7 @@ def test_columns_hold_the_slots_that_the_kernel_writes_there():
 def test_looked_up_levels_are_those_of_the_codebooks():
     table = np.array(columns.lookup()).view(np.uint32)
     for width in (1, 2):
-        raw = table[4 * width - 4 : 4 * width].view(np.uint8).reshape(2, 8)
+        raw = table[8 * width - 8 : 8 * width - 4].view(np.uint8).reshape(2, 8)
         halves = np.ascontiguousarray(raw.T).view(np.float16)[:, 0]
         levels = trellis.ring_levels(width).astype(np.float16)
         for bits in range(8):  # of slots s - 2, s - 1 and s, or the index itself

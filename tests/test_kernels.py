@@ -49,6 +49,14 @@ def test_attention_is_as_close_to_float64_as_mlx_own(place, case):
     assert error <= doctor.allowed(case, own)
 
 
+@pytest.mark.parametrize("tokens", [1100, 1140])
+def test_a_warp_goes_from_tile_to_tile_and_reads_nothing_behind_a_chunk(tokens):
+    """Chunks of 11 tiles, the last of them not full, of which one warp of ten takes the first and then the last."""
+    case = doctor.Case(heads=8, tokens=tokens, bits=2.0)
+    error, own = doctor.compare(case, PLACE, run)
+    assert error <= doctor.allowed(case, own)
+
+
 @pytest.mark.parametrize(
     "case", [doctor.Case(sinks=True), doctor.Case(96, 64, length=3, mask="causal", bits=5.0)], ids=str
 )

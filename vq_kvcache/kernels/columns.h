@@ -307,47 +307,32 @@ struct VqColumnSpace {
   };
 };
 
-// What a warp knows of its head's keys, or values: of the words, how many, and the first of them; columns of the tile.
-struct VqColumnWords {
-  uint words, first_word, columns;
-};
-
-VQ_FN VqColumnWords vq_column_words(VQ_SHARED(const int) entry) {
-  const VqColumnWords own = {vq_uniform(entry[2]), vq_uniform(entry[3]), vq_uniform(entry[4])};
-  return own;
-}
-
 // One or the other, field by field, so that all of them stay in registers.
-VQ_FN VqColumnWords vq_either(bool values, VQ_THREAD const VqColumnWords& k, VQ_THREAD const VqColumnWords& v) {
-  const VqColumnWords own = {values ? v.words : k.words, values ? v.first_word : k.first_word,
-                             values ? v.columns : k.columns};
-  return own;
-}
 VQ_FN VqKinds vq_either(bool values, VQ_THREAD const VqKinds& k, VQ_THREAD const VqKinds& v) {
   const VqKinds own = {{values ? v.counts[0] : k.counts[0], values ? v.counts[1] : k.counts[1]},
                        values ? v.first : k.first, values ? v.whole : k.whole};
   return own;
 }
 
-// The words of a head, of a tile -> `to` [words, tokens], while other things are done: each lane copies four tokens of every
-// fourth word. `from`: of the first of these, if it were of all heads; `to`: where that goes.
-VQ_FN void vq_fetch_words(VQ_SHARED(uint) to, VQ_IN(uint) from, VQ_THREAD const VqColumnWords& own, int capacity,
-                          bool held, int lane) {
-  const size_t step = (size_t)4 * capacity;
-  from += (size_t)own.first_word * capacity;
-  VQ_UNROLL_BY(2)
-  for (uint left = own.words / 4; left; --left) {
-    if (held) vq_fetch4(to, from);
-    to += 4 * VQ_COLUMN_TOKENS, from += step;
-  }
-  if (held && (uint)lane / 8 < own.words % 4) vq_fetch4(to, from);
+// The words of a head, of a tile -> `to` [words, tokens], while other things are done. Each lane copies four tokens of every
+// fourth word: `from` and `to` are of those of the word lane / 8.
+VQ_FN void vq_fetch_words(VQ_SHARED(uint) to, VQ_IN(uint) from, int words, uint capacity, int lane) {
+  const int own = words - lane / 8;
+  if (own > 0) vq_fetch4(to, from);
+  if (own > 4) vq_fetch4(to + 4 * VQ_COLUMN_TOKENS, from + 4 * capacity);
+  VQ_LOOP
+  for (int first = 8; first < words; first += 4)
+    if (own > first) vq_fetch4(to + first * VQ_COLUMN_TOKENS, from + first * capacity);
 }
 
-// The same tile as all lanes know it, but for its words, which are those that this lane copies first.
-VQ_FN void vq_know_tile(VQ_THREAD VqTile& t, int lane) {
-  t.capacity = vq_uniform(t.capacity), t.tokens = vq_uniform(t.tokens), t.first = vq_uniform(t.first);
+// Find a tile, as all lanes know it but for `words`: those of its head's keys that this lane copies first. Other tiles behind
+// it may be stepped to while t.token is less than t.tokens; beyond a chunk's capacity nothing is read.
+VQ_FN void vq_know_tile(VQ_THREAD VqTile& t, uint first_word, int lane) {
+  t.capacity = vq_uniform(t.capacity), t.first = vq_uniform(t.first);
   t.token = vq_uniform(t.token), t.valid = vq_uniform(t.valid);
-  t.words += (size_t)((uint)lane / 8) * t.capacity + lane % 8 * 4;
+  const int left = t.capacity - t.token, own = lane % 8 * 4;
+  t.tokens = vq_uniform(t.tokens < t.capacity - VQ_COLUMN_TOKENS + 1 ? t.tokens : t.capacity - VQ_COLUMN_TOKENS + 1);
+  t.words += (size_t)(first_word + (uint)lane / 8) * t.capacity + (own < left ? own : 0);
 }
 
 // Packed tokens.
@@ -382,13 +367,15 @@ VQ_FN void vq_attend_columns_packed(VQ_IN(vq_half) folded_in, VQ_IN(float) mean_
   VQ_SHARED(float) warps = shared + Space::lists + value_list + value_entry[1];
   VQ_SHARED(vq_half) tile = (VQ_SHARED(vq_half))(warps + at.warp * warp_floats);
   VQ_SHARED(uint) staged = (VQ_SHARED(uint))tile + Space::staged;
-  const VqColumnWords key_own = vq_column_words(key_entry), value_own = vq_column_words(value_entry);
-  const int own_token = at.lane % 8 * 4;  // that this lane copies first
+  const uint key_count = vq_uniform(key_entry[2]), value_count = vq_uniform(value_entry[2]);
+  const uint first_word = vq_uniform(key_entry[3]), to_values = vq_uniform(value_entry[3]) - first_word;
+  VQ_SHARED(uint) own_words = vq_kept(staged + at.lane, at.lane);
+  VQ_SHARED(vq_half) own_row = vq_kept(tile + at.lane * ROW, at.lane);
   VqTile t;
   if (i < last_tile) {
     t = vq_find_tile<VQ_COLUMN_TOKENS>(chunks, count, VQ_CHUNK_NAMES, i, held.packed, total_words, at.batch);
-    vq_know_tile(t, at.lane);
-    vq_fetch_words(staged + 4 * at.lane, t.words, key_own, t.capacity, t.token + own_token < t.capacity, at.lane);
+    vq_know_tile(t, first_word, at.lane);
+    vq_fetch_words(own_words + 3 * at.lane, t.words, key_count, t.capacity, at.lane);
   }
   vq_stage_nothing();
   for (int part = 0; part < 2; ++part) {
@@ -420,37 +407,40 @@ VQ_FN void vq_attend_columns_packed(VQ_IN(vq_half) folded_in, VQ_IN(float) mean_
     for (int part = 0; part < 2; ++part) {  // keys, then values: a loop, so that the decoder is in the program once
       const VqKinds kinds = vq_either(part, key_kinds, value_kinds);
       // Meanwhile the next words come: of values, or of the next tile's keys.
-      if (part) {
+      if (part == 0) {
+        vq_fetch_words(own_words + 3 * at.lane + value_words, t.words + to_values * (uint)t.capacity, value_count,
+                       t.capacity, at.lane);
+      } else {
         i += WARPS;
-        if (i < last_tile && t.token + WARPS * VQ_COLUMN_TOKENS < t.tokens) {
-          t.words += WARPS * VQ_COLUMN_TOKENS, t.first += WARPS * VQ_COLUMN_TOKENS;
-          t.token += WARPS * VQ_COLUMN_TOKENS, t.valid -= WARPS * VQ_COLUMN_TOKENS;
-        } else if (i < last_tile) {
-          t = vq_find_tile<VQ_COLUMN_TOKENS>(chunks, count, VQ_CHUNK_NAMES, i, held.packed, total_words, at.batch);
-          vq_know_tile(t, at.lane);
+        if (i < last_tile) {
+          if (t.token + WARPS * VQ_COLUMN_TOKENS < t.tokens) {
+            t.words += WARPS * VQ_COLUMN_TOKENS, t.first += WARPS * VQ_COLUMN_TOKENS;
+            t.token += WARPS * VQ_COLUMN_TOKENS, t.valid -= WARPS * VQ_COLUMN_TOKENS;
+          } else {
+            t = vq_find_tile<VQ_COLUMN_TOKENS>(chunks, count, VQ_CHUNK_NAMES, i, held.packed, total_words, at.batch);
+            vq_know_tile(t, first_word, at.lane);
+          }
+          vq_fetch_words(own_words + 3 * at.lane, t.words, key_count, t.capacity, at.lane);
         }
       }
-      if (i < last_tile)
-        vq_fetch_words((part ? staged : staged + value_words) + 4 * at.lane, t.words, vq_either(!part, key_own, value_own),
-                       t.capacity, t.token + own_token < t.capacity, at.lane);
       vq_stage_nothing();
       vq_stage_wait();
       VQ_SYNC_WARP();
       VQ_SHARED(const uint) list = (VQ_SHARED(const uint))lists + (part ? value_list : 0) + VQ_LIST_HEADER;
       VQ_SHARED(const uint) words = staged + (part ? value_words : 0);
-      vq_put_levels(kinds, list, words + at.lane, lookup, tile + at.lane * ROW);
+      vq_put_levels(kinds, list, own_words + (part ? value_words : 0), lookup, own_row);
       VQ_SYNC_WARP();
-      const int rings = kinds.whole & 0xffff;
-      words += (kinds.whole >> 16) * VQ_COLUMN_TOKENS;
+      const int rings = kinds.whole & 255;
+      words += (kinds.whole >> 8 & 255) * VQ_COLUMN_TOKENS;
       if (part == 0) {
         float s[2][4];
-        vq_score_tokens<MC, ROW>(s, folded, tile, key_own.columns, at.lane);
+        vq_score_tokens<MC, ROW>(s, folded, tile, key_entry[4], at.lane);
         vq_score_rings<MC>(s, folded, words, rings, lookup, at.lane);
         vq_hide_tokens(s, t, held, masked, params, hidden, added, at);
         vq_soften_tokens<MC>(s, running);
         vq_turn_weights(weights, s);
       } else {
-        vq_add_tokens<MC, ROW>(running.output, weights, tile, value_own.columns, at.lane);
+        vq_add_tokens<MC, ROW>(running.output, weights, tile, value_entry[4], at.lane);
         vq_add_rings<MC>(running.output, weights, words, rings, lookup, at.lane);
       }
       VQ_SYNC_WARP();

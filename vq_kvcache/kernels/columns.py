@@ -31,8 +31,8 @@ NARROW, NARROW_WARPS, WIDE_WARPS = 176, MOST_THREADS // 32, 16
 SHORT_ROW = 120  # columns of a row of a tile that suffice for few bits
 FOLD_THREADS, FOLDED = 256, 4  # of a thread group, and columns of each of its warps
 HEADER_INTS = 16
-LOOKUP = 288
-ALONE = 32
+LOOKUP = 296
+ALONE = 40
 LIST_HEADER = 4
 # Columns of the longest row beyond head_dim, which rings that are not full leave empty; it is an odd multiple of eight.
 # With fewer of them more thread groups find room.
@@ -89,7 +89,7 @@ class _Alone(NamedTuple):
     @property
     def told(self) -> list[int]:
         """It is turned until its lowest bit is bit 1."""
-        return [_word(self.word, (self.shift - 1) % 32), (2 << self.width) - 2]
+        return [_word(self.word, (self.shift - 1) % 32), (2 << self.width) - 2, 2 << self.width]
 
 
 def _word(word: int, shift: int) -> int:
@@ -103,12 +103,18 @@ def _ring_slots(s: Segment) -> tuple[bool, list[int], list[int]]:
     return half, groups[: len(groups) // 2] if half else groups, RING_PAIRS.get(s.width, [])
 
 
+def _slots(s: Segment) -> tuple[tuple[int, ...], ...]:
+    """The coordinates of each word, slot by slot."""
+    return tuple(tuple(s.first + slot * s.words + w for slot in range(s.slots)) for w in range(s.words))
+
+
 def head_columns(layout: Layout, head: int) -> HeadColumns:
     """The columns of one head of keys, or of values."""
     rings = [(s, *_ring_slots(s)) for s in layout.segments[head] if layout.in_rings(s)]
     rings.sort(key=lambda ring: KINDS.index((ring[0].width, ring[1])))
-    filled = next((s for s, *_ in rings if (s.width, s.slots) == (1, 32)), None)  # its words follow one another
-    rings = [ring for ring in rings if ring[0] is not filled]
+    # The words of a segment follow one another.
+    filled, twos = (next((s for s, *_ in rings if (s.width, s.slots) == full), None) for full in ((1, 32), (2, 16)))
+    rings = sorted((ring for ring in rings if ring[0] is not filled), key=lambda ring: ring[0] is not twos)
     alone = [
         _Alone(s.first + slot * s.words + w, s.first_word + w, s.shift + slot * s.width, s.width)
         for s in layout.segments[head]
@@ -124,24 +130,24 @@ def head_columns(layout: Layout, head: int) -> HeadColumns:
     padded = [*alone, *alone[-1:] * (-len(alone) % 8)]
     tasks: dict[tuple[int, bool] | None, list[int]] = {kind: [] for kind in KINDS}
     tasks[None] = [n for code in padded for n in code.told]
-    full, first_full = (filled.words, filled.first_word) if filled else (0, 0)
-    whole = [tuple(filled.first + slot * full + w for slot in range(32)) for w in range(full) if filled]
     column, first_tail = 0, tail
     for s, half, groups, pairs in rings:
         bits = s.width * s.slots
         for w in range(s.words):
-            tasks[s.width, half] += [
-                _word(s.first_word + w, s.shift), bits - s.width, (1 << bits) - 1, bits - 2 * s.width
-            ]  # fmt: skip
+            if s is not twos:
+                tasks[s.width, half] += [
+                    _word(s.first_word + w, s.shift), bits - s.width, (1 << bits) - 1, bits - 2 * s.width
+                ]  # fmt: skip
             for place, slot in [*enumerate(groups, column), *enumerate(pairs, tail)]:
                 if 0 <= slot < s.slots:
                     order[place] = s.first + slot * s.words + w
             column, tail = column + len(groups), tail + len(pairs)
-    counts = [len(own) // (4 if kind else 16) for kind, own in tasks.items()]
-    header = [sum(n << 8 * i for i, n in enumerate(part)) for part in (counts[:4], counts[4:])]
-    header += [after_rings | first_tail << 16, full | first_full << 16]
+    counts = [len(own) // (4 if kind else 24) for kind, own in tasks.items()]
+    full = [n for s in (filled, twos) for n in ((s.words, s.first_word) if s else (0, 0))]
+    first, then, words = (sum(n << 8 * i for i, n in enumerate(part)) for part in (counts[:4], counts[4:], full))
+    header = [first, then, after_rings | first_tail << 16, words]
     numbers = [*header, *itertools.chain(*tasks.values()), 0, 0, 0, 0]
-    return HeadColumns(tuple(numbers), tuple(order), written, tuple(whole))
+    return HeadColumns(tuple(numbers), tuple(order), written, _slots(filled) if filled else ())
 
 
 Heads = tuple[list[HeadColumns], list[HeadColumns]]  # of keys, and of values
@@ -154,8 +160,9 @@ def every_head(keys: SpectralQuantizer, values: SpectralQuantizer) -> Heads:
 
 
 def column_table(keys: SpectralQuantizer, values: SpectralQuantizer, made: Heads, most: int) -> mx.array | None:
-    """int32: header, entries of the heads of keys and then of values, their lists, and the order of each head's
-    columns; None when a head needs more columns than products have, MC: `most`, eight more than the longest row."""
+    """int32: header, entries of the heads of keys and then of values, their lists, and the order of each
+    head's columns; None when a head needs more columns than products have, MC: `most`, eight more than the longest
+    row."""
     layouts = keys.layout, values.layout
     heads = layouts[0].heads
     if not all(one.fits(most) for part in made for one in part):
@@ -164,11 +171,11 @@ def column_table(keys: SpectralQuantizer, values: SpectralQuantizer, made: Heads
     entries: list[int] = []
     lists: list[int] = []
     for part, (layout, own) in enumerate(zip(layouts, made, strict=True)):
-        for h, columns in enumerate(own):
+        for h in range(heads):
             words = layout.first_words[h + 1] - layout.first_words[h]
-            entries += [start + len(lists), len(columns.numbers), words]
-            entries += [layout.first_words[h] + part * keys.words, len(columns.order), 0]
-            lists += columns.numbers
+            entries += [start + len(lists), len(own[h].numbers), words]
+            entries += [layout.first_words[h] + part * keys.words, len(own[h].order), 0]
+            lists += own[h].numbers
     orders = [start + len(lists), start + len(lists) + heads * most]
     table = [
         heads, keys.words + values.words, layouts[0].stored, layouts[1].stored, most, orders[1], orders[0], *([0] * 9),
@@ -180,18 +187,21 @@ def column_table(keys: SpectralQuantizer, values: SpectralQuantizer, made: Heads
 
 @functools.cache
 def lookup() -> mx.array:
-    """int32 [288]: bytes of the levels of rings of 1 and 2 bits, polynomials of wider ones, levels of codes alone."""
+    """int32 [296]: eight for each width of rings, bytes of the levels of 1 and 2 bits, and of wider ones the
+    polynomial, 1024 and scales, all twice; then levels of codes alone."""
     table = np.zeros(LOOKUP, np.uint32)
+    rings, alone = table[:ALONE].reshape(-1, 8), table[ALONE:].view(np.float16)
     for width in (1, 2):
         halves = trellis.ring_levels(width).astype(np.float16).view(np.uint8).reshape(-1, 2)
         if width == 1:  # by the bits of slots s - 2, s - 1 and s, the lowest first
             halves = halves[[2 * ((n >> 2) ^ (n & 1)) + (n >> 1 & 1) for n in range(8)]]
-        table[4 * width - 4 : 4 * width] = np.concatenate([halves[:, 0], halves[:, 1]]).view(np.uint32)
+        rings[width - 1, :4] = np.concatenate([halves[:, 0], halves[:, 1]]).view(np.uint32)
     for width in (3, 4, 5):
-        halves = np.array(trellis.COEFFICIENTS[width], np.float16).view(np.uint16).astype(np.uint32)
-        table[4 * width - 4 : 4 * width - 1] = halves | halves << 16
-    alone = np.concatenate([np.zeros(2), *(codebook.levels(width) for width in range(1, codebook.MAX_BITS + 1))])
-    table[ALONE : ALONE + len(alone) // 2] = alone.astype(np.float16).view(np.uint32)
+        pairs = rings[width - 1].view(np.float16).reshape(8, 2)
+        pairs[:4] = np.array([*trellis.COEFFICIENTS[width], 1024.0])[:, None]
+        pairs[4:6] = 2.0 ** -np.array([[width + 1, width + 3], [width + 1, width + 1]])
+    levels = [np.zeros(2), *(codebook.levels(width) for width in range(1, codebook.MAX_BITS + 1))]
+    alone[: 2 << codebook.MAX_BITS] = np.concatenate(levels)
     return evaluated(mx.array(table.view(np.int32)))
 
 

@@ -88,6 +88,11 @@ VQ_FN float* vq_held(void* p) {
   return static_cast<float*>(__cvta_shared_to_generic(address));
 }
 VQ_FN int vq_held_lane(int lane) { return __shfl_sync(0xffffffffu, lane, lane) & 31; }  // likewise
+// The same place in shared memory, as an address that is kept, not worked out anew wherever it is needed.
+template <typename T>
+VQ_FN T* vq_kept(T* p, int lane) {
+  return static_cast<T*>(__cvta_shared_to_generic(__shfl_sync(0xffffffffu, vq_address(p), lane)));
+}
 // A number that all lanes of the warp know: it is kept, and worked with, once for all of them.
 VQ_FN uint vq_uniform(uint x) { return __reduce_or_sync(0xffffffffu, x); }
 VQ_FN void vq_fetch4(uint* to, const uint* from) {

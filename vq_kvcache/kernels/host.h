@@ -81,6 +81,10 @@ VQ_FN void vq_load4_shared(uint (&to)[4], const uint* from) { memcpy(to, vq_alig
 VQ_FN void vq_put8(vq_half* at, const uint (&x)[4]) { memcpy((void*)vq_aligned(at, 16), x, 16); }
 VQ_FN void vq_put2(vq_half* at, uint x) { memcpy((void*)vq_aligned(at, 4), &x, 4); }
 VQ_FN int vq_held_lane(int lane) { return lane; }
+template <typename T>
+VQ_FN T* vq_kept(T* p, int) {
+  return p;
+}
 VQ_FN uint vq_uniform(uint x) { return x; }
 VQ_FN float vq_low(vq_half2 x) { return (float)x.x; }
 VQ_FN float vq_high(vq_half2 x) { return (float)x.y; }
