@@ -92,6 +92,30 @@ def test_columns_hold_the_slots_that_the_kernel_writes_there():
             ]
 
 
+@pytest.mark.parametrize("heads", [1, 2, 3, 4, 8, 12, 16])
+def test_heads_that_share_a_multiprocessor_cost_about_as_much_together_as_any_two(heads):
+    """The group after each of 132 is of the head 132 further on; its order is by turns from the cheap and dear ends."""
+    costs = [int(n) for n in np.random.default_rng(heads).permutation(heads) * 10 + 100]
+    turns = columns.in_turn(costs)
+    assert sorted(turns) == list(range(heads))
+    together = [costs[turns[h]] + costs[turns[(h + 132) % heads]] for h in range(heads)]
+    if heads == 8:
+        assert together == [2 * 135] * heads
+    if heads == 16:
+        assert max(together) - min(together) <= 80
+
+
+def test_entries_are_in_the_order_of_turns():
+    keys, values = (doctor.quantizer(128, 8, 2.0, seed) for seed in (0, 1))
+    made = columns.every_head(keys, values)
+    _, table = columns.chosen(keys, values)
+    entries = np.array(table)[columns.HEADER_INTS :][: 2 * 8 * columns.HEAD_INTS].reshape(2, 8, -1)
+    turns = columns.in_turn([made[0][h].cost + made[1][h].cost for h in range(8)])
+    assert turns != list(range(8))
+    assert entries[:, :, 5].tolist() == [turns, turns]
+    assert entries[0, :, 3].tolist() == [keys.layout.first_words[h] for h in turns]
+
+
 def test_looked_up_levels_are_those_of_the_codebooks():
     table = np.array(columns.lookup()).view(np.uint32)
     for width in (1, 2):

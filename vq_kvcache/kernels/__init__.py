@@ -23,6 +23,7 @@ VARIABLE = "VQ_KVCACHE_BACKEND"
 FOLDER = pathlib.Path(__file__).resolve().parent
 TEXTS = ("helpers.h", "products.h", "attend.h", "lookup.h", "columns.h", "merge.h", "encode.h", "decode.h", "restore.h")
 NOT_METAL = ("products.h", "lookup.h", "columns.h")  # it has products of its own, and no byte permutation
+MULTIPROCESSORS = 132  # of the GPU that these numbers are of
 # Of a multiprocessor on CUDA: shared memory, of which a group takes GROUP_BYTES more than it asks for, and threads and
 # groups that have 96 registers each.
 SHARED_BYTES, GROUP_BYTES, MOST_THREADS, MOST_GROUPS = 233_472, 1024, 640, 4

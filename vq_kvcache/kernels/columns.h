@@ -8,7 +8,7 @@ enum { VQ_QUERIES = 8 };
 #define VQ_LEEWAY 8.0f  // bits by which a score may be beyond what weights are relative to
 
 // A layer's table, columns.py. An entry: where its list begins (lookup.h), numbers of it, words of the head, the first of
-// them, columns.
+// them, columns, and which head it is of.
 enum { VQ_KEY_ORDER = 6, VQ_COLUMN_ENTRY = 16 };
 
 VQ_FN int vq_query_tiles(VQ_IN(int) params) { return (params[VQ_G] * params[VQ_L] + VQ_QUERIES - 1) / VQ_QUERIES; }
@@ -335,13 +335,12 @@ VQ_FN void vq_know_tile(VQ_THREAD VqTile& t, uint first_word, int lane) {
   t.words += (size_t)(first_word + (uint)lane / 8) * t.capacity + (own < left ? own : 0);
 }
 
-// Packed tokens.
+// Packed tokens. at.head: whose turn it is, by the order of entries.
 template <int MC, int ROW, int WARPS>
 VQ_FN void vq_attend_columns_packed(VQ_IN(vq_half) folded_in, VQ_IN(float) mean_in, VQ_CHUNK_ARGUMENTS, VqRows held,
                                     VQ_IN(int) table, VQ_IN(int) lookup_in, VQ_IN(int) params,
                                     VQ_IN(unsigned char) hidden, VQ_IN(float) added, VQ_OUT(float) sums,
-                                    VQ_OUT(float) outputs, VQ_SHARED(float) shared, VQ_THREAD const VqPlace& at,
-                                    int query_tile) {
+                                    VQ_OUT(float) outputs, VQ_SHARED(float) shared, VqPlace at, int query_tile) {
   typedef VqColumnSpace<MC, ROW> Space;
   enum { QUERY_STRIDE = Space::query_stride, THREADS = WARPS * 32 };
   VQ_SHARED(int) chunks = (VQ_SHARED(int))(shared + Space::chunks);
@@ -382,6 +381,7 @@ VQ_FN void vq_attend_columns_packed(VQ_IN(vq_half) folded_in, VQ_IN(float) mean_
     VQ_SHARED(const int) entry = part ? value_entry : key_entry;
     for (int k = worker; k < entry[1]; k += THREADS) lists[(part ? value_list : 0) + k] = table[entry[0] + k];
   }
+  at.head = vq_uniform(key_entry[5]);
   const int own = (at.batch * heads + at.head) * vq_query_tiles(params) + query_tile;
   for (int k = worker; k < VQ_QUERIES * MC; k += THREADS)
     folded[k / MC * QUERY_STRIDE + k % MC] = folded_in[own * VQ_QUERIES * MC + k];

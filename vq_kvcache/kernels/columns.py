@@ -15,7 +15,7 @@ import numpy as np
 from ..spectral import codebook, trellis
 from ..spectral.packing import Layout, Segment
 from ..spectral.spectral_quant import SpectralQuantizer
-from . import COLUMNS, FOLD, GROUP_BYTES, MOST_THREADS, SHARED_BYTES, Launch
+from . import COLUMNS, FOLD, GROUP_BYTES, MOST_THREADS, MULTIPROCESSORS, SHARED_BYTES, Launch
 from .launches import HEAD_INTS, chunk_inputs, evaluated, head_words
 
 if TYPE_CHECKING:
@@ -55,6 +55,8 @@ WHOLE_SLOTS = (
 # What the list of a head tells of, in this order: codes alone (None), rings, and rings for whose slots half of the
 # columns suffice.
 KINDS = (None, *((width, False) for width in RING_SLOTS), (1, True), (2, True))
+# Instructions of a task of each kind, about, of a ring of 1 bit that fills a word, and of one of 2 bits.
+COSTS, WHOLE_COST, TWOS_COST = (56, 66, 50, 64, 58, 58, 44, 37), 63, 35
 
 
 class HeadColumns(NamedTuple):
@@ -71,6 +73,13 @@ class HeadColumns(NamedTuple):
         rings = [[ring[slot] for slot in WHOLE_SLOTS[part]] for ring in reversed(self.whole)]
         empty = [-1] * (most - len(self.order) - 32 * len(rings))
         return [*self.order, *empty, *itertools.chain(*rings)]
+
+    @property
+    def cost(self) -> int:
+        """Instructions that turn the words of a tile, about."""
+        counts = [n >> 8 * i & 255 for n in self.numbers[:2] for i in range(4)]
+        tasks = sum(n * cost for n, cost in zip(counts, COSTS, strict=True))
+        return tasks + WHOLE_COST * len(self.whole) + TWOS_COST * (self.numbers[3] >> 16 & 255)
 
     def fits(self, most: int) -> bool:
         """Whether `most` columns, of which the longest row holds eight less, are enough: products take 32 at a time."""
@@ -159,8 +168,16 @@ def every_head(keys: SpectralQuantizer, values: SpectralQuantizer) -> Heads:
     return own, others
 
 
+def in_turn(costs: list[int]) -> list[int]:
+    """The heads in the order of thread groups, such that dear ones share a multiprocessor with cheap ones: a GPU gives
+    each of them one group before it gives any a second one."""
+    apart = MULTIPROCESSORS % len(costs) or len(costs)
+    heads = sorted(range(len(costs)), key=costs.__getitem__)
+    return [heads.pop(-(place // apart % 2)) for place in range(len(costs))]
+
+
 def column_table(keys: SpectralQuantizer, values: SpectralQuantizer, made: Heads, most: int) -> mx.array | None:
-    """int32: header, entries of the heads of keys and then of values, their lists, and the order of each
+    """int32: header, entries of the heads of keys and then of values, in their turn, lists, and the order of each
     head's columns; None when a head needs more columns than products have, MC: `most`, eight more than the longest
     row."""
     layouts = keys.layout, values.layout
@@ -170,11 +187,12 @@ def column_table(keys: SpectralQuantizer, values: SpectralQuantizer, made: Heads
     start = HEADER_INTS + 2 * heads * HEAD_INTS
     entries: list[int] = []
     lists: list[int] = []
+    turns = in_turn([own.cost + other.cost for own, other in zip(*made, strict=True)])
     for part, (layout, own) in enumerate(zip(layouts, made, strict=True)):
-        for h in range(heads):
+        for h in turns:
             words = layout.first_words[h + 1] - layout.first_words[h]
             entries += [start + len(lists), len(own[h].numbers), words]
-            entries += [layout.first_words[h] + part * keys.words, len(own[h].order), 0]
+            entries += [layout.first_words[h] + part * keys.words, len(own[h].order), h]
             lists += own[h].numbers
     orders = [start + len(lists), start + len(lists) + heads * most]
     table = [

@@ -13,12 +13,11 @@ import mlx.core as mx
 from ..chunks import LEAST_INPUT, nothing
 from ..rows import Rows
 from ..spectral.spectral_quant import SpectralQuantizer
-from . import ATTEND, MERGE, Launch, Run, columns, launches, run
+from . import ATTEND, MERGE, MULTIPROCESSORS, Launch, Run, columns, launches, run
 
 if TYPE_CHECKING:
     from ..storage import Snapshot
 
-MULTIPROCESSORS = 132
 GROUPS = {"cuda": 264, "metal": 240, "host": 24}  # that fill a GPU: two on each of 132 multiprocessors, six of 40 cores
 
 
