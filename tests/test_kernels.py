@@ -219,6 +219,27 @@ class TestTrust:
         assert mx.array_equal(words, quantizer.encode_words(x)).item()
 
 
+def test_what_decoding_packs_is_traced_once_for_all_layers(monkeypatch):
+    """And the words are those of a launch of its own."""
+    traced = []
+
+    def noting(launch, place):
+        traced.append(launch.inputs[0].shape[2])
+        return [launch.inputs[0].swapaxes(-1, -2).flatten(1, 2).astype(mx.uint32)[:, : launch.output_shapes[0][1]]]
+
+    monkeypatch.setattr(launches, "run", noting)
+    monkeypatch.setattr(launches, "_encoding", launches.kept_by_thread(1)(launches._encoding.__wrapped__))
+    layers = [doctor.quantizer.__wrapped__(64, 2, 2.25, seed) for seed in range(3)]
+    for tokens, times in ((64, 1), (128, 1), (192, 3)):
+        traced.clear()
+        x = 50 + mx.random.normal((1, 2, tokens, 64), key=mx.random.key(tokens))
+        found = [launches.encoded(q, x, PLACE) for q in layers]
+        assert traced == [tokens] * times
+        for words, q in zip(found, layers, strict=True):
+            (expected,) = noting(launches.encode(q, x), PLACE)
+            assert mx.array_equal(words, expected).item()
+
+
 @pytest.mark.parametrize(
     ("error", "codes", "status"), [(0.0, "", 0), (9.0, "", 1), (0.0, "encoding: error 2", 1)],
     ids=["right", "a case is wrong", "codes are wrong"],

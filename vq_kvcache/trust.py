@@ -49,7 +49,7 @@ def encode_words(quantizer: Quantizer, x: mx.array) -> mx.array:
         return quantizer.encode_words(x)
     if not trusted_codes(place):
         return quantizer.encode_words(x)
-    return kernels.run(launches.encode(quantizer, x), place)[0]
+    return launches.encoded(quantizer, x, place)
 
 
 def what_fails(check: Callable[[], str]) -> str:

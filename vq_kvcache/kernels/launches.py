@@ -12,6 +12,7 @@ import numpy as np
 from ..chunks import MAX_CHUNKS, nothing
 from ..spectral import codebook, trellis
 from ..spectral.packing import Layout
+from ..spectral.sealing import BLOCK
 from ..spectral.spectral_quant import Quantizer, SpectralQuantizer
 from . import DECODE, ENCODE, RESTORE, Launch, Run, run
 
@@ -26,6 +27,7 @@ HEAD_DIMS = (64, 80, 96, 112, 128, 192, 256)
 MASK_KINDS = {"none": 0, "causal": 1, "bool": 2, "added": 3}
 MOST_QUERIES = 16  # tokens at once that `attend` takes; prompts go another way
 ENCODE_THREADS = 128
+MOST_TRACED = 2 * BLOCK  # tokens: a batch packs two blocks at once
 RESTORE_TOKENS = 8  # of a thread group
 _COEFFICIENTS = 8
 HEAD_INTS = 6
@@ -225,16 +227,41 @@ METAL_BYTES = 32_768  # of a thread group
 
 def encode(quantizer: SpectralQuantizer, x: mx.array) -> Launch:
     """The launch of encode.h for vectors [B, H, T, D]; the transform itself is a product of matrices."""
-    z = (x.astype(mx.float32) - quantizer.mean) @ quantizer.analysis
+    return _encode(_centred(quantizer, x) @ quantizer.analysis, word_table(quantizer))
+
+
+def encoded(quantizer: SpectralQuantizer, x: mx.array, place: str) -> mx.array:
+    """Words uint32 [B, W, T] of vectors [B, H, T, D]. Of those that decoding packs this is traced for all layers: MLX
+    would otherwise put the kernel's text together for keys and values of each."""
+    if x.shape[2] > MOST_TRACED:
+        return run(encode(quantizer, x), place)[0]
+    return _encoding(place)(_centred(quantizer, x), quantizer.analysis, word_table(quantizer))
+
+
+@kept_by_thread(4)
+def _encoding(place: str) -> Callable[[mx.array, mx.array, mx.array], mx.array]:
+    def words_of(centred: mx.array, analysis: mx.array, table: mx.array) -> mx.array:
+        return run(_encode(centred @ analysis, table), place)[0]
+
+    traced: Callable[[mx.array, mx.array, mx.array], mx.array] = mx.compile(words_of)
+    return traced
+
+
+def _centred(quantizer: SpectralQuantizer, x: mx.array) -> mx.array:
+    """Not in the trace, for which MLX would make one kernel of its two operations, and on CUDA compile it."""
+    return x.astype(mx.float32) - quantizer.mean
+
+
+def _encode(z: mx.array, table: mx.array) -> Launch:
+    """z: [B, H, T, stored]; table: `word_table`."""
     batch, heads, tokens, stored = z.shape
-    table = word_table(quantizer)
-    params = ints((tokens, quantizer.words, heads, stored, table.shape[1], 0, 0, 0))
+    words, row = table.shape
     return Launch(
         ENCODE,
-        [z, table, levels(), params],
-        [(batch, quantizer.words, tokens)],
+        [z, table, levels(), ints((tokens, words, heads, stored, row, 0, 0, 0))],
+        [(batch, words, tokens)],
         [mx.uint32],
-        (-(-tokens * quantizer.words // ENCODE_THREADS), batch, 1),
+        (-(-tokens * words // ENCODE_THREADS), batch, 1),
         ENCODE_THREADS,
         0,
         (("THREADS", ENCODE_THREADS),),
