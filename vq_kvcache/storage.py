@@ -159,7 +159,7 @@ def _restoring(place: str, chunks: ChunkSizes, columns: int) -> Callable[..., tu
     return traced
 
 
-@kept_by_thread(16)
+@kept_by_thread(256)  # more than the places between one seal and the next, at which every cycle comes by again
 def writing(start: int) -> Callable[..., tuple[mx.array, mx.array]]:
     """`written` for keys and values, traced once for all layers of a step."""
 
