@@ -45,7 +45,7 @@ SMALL = LLAMA_8B | {
     "vocab_size": 500,
 }  # fmt: skip
 PIECE = 2048  # tokens of a prompt that mlx-lm reads at once
-WARM = 8  # steps before the first that counts
+WARM = 8 + 4 * BLOCK  # steps before the first that counts: what packs a process's first blocks is compiled in them
 STEPS = 4 * BLOCK  # that count: whole blocks, of one row and of a batch, which packs two at a time
 STEADY = 200  # of these, before mlx-lm's cache grows again, which it does every 256 tokens
 Rows = dict[str, Any]
