@@ -100,6 +100,7 @@ def test_a_seal_is_felt_where_it_appears_and_in_the_two_intervals_behind():
 APART = """
 import json, mlx.core as mx, speed, test_speed_benchmarks as tests
 mx.set_cache_limit(0)
+speed.WARM = 8
 model, plan = tests.random_model(tests.CONFIG)[0], speed.random_plan(tests.CONFIG, 2.0)
 with tests.intercept.dispatching():
     for kind, own in (("spectral 2", plan), ("KVCache", None)):
