@@ -518,3 +518,25 @@ def test_what_codes_are_read_with_is_of_their_kinds_of_numbers():
     first = held.snapshot().once("kind", lambda: "as they were")
     held.exact_keys = held.exact_keys.astype(mx.float16)
     assert (first, held.snapshot().once("kind", lambda: "others")) == ("as they were", "others")
+
+
+def test_appends_of_decoding_are_traced_once_and_those_of_prompts_never(monkeypatch):
+    """A trace of every place between two seals is kept: each comes by again after the next one."""
+    made, writing = [], storage._writing.__wrapped__
+    monkeypatch.setattr(
+        storage, "_writing", launches.kept_by_thread(256)(lambda start: made.append(start) or writing(start))
+    )
+    held, keys, values = raw_storage(), tokens(1, seed=1), tokens(1, seed=2)
+    held.append(tokens(LAG + 1, seed=3), tokens(LAG + 1, seed=4))
+    assert made == []
+    for _ in range(3 * BLOCK):
+        held.append(keys, values)
+        held.seal()
+    assert held.packed_tokens == 2 * BLOCK
+    assert len(made) == len(set(made))
+    assert len(made) < 2 * BLOCK
+
+
+def test_as_many_traces_are_kept_as_there_are_places_between_two_seals():
+    held = [storage._writing(start) for start in range(2 * BLOCK)]
+    assert all(storage._writing(start) is own for start, own in enumerate(held))

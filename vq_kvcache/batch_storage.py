@@ -16,7 +16,7 @@ from .drift import DriftSums
 from .rows import Rows, rows_of
 from .spectral.sealing import BLOCK, LAG, tokens_to_seal
 from .spectral.spectral_quant import Quantizer
-from .storage import Snapshot, Storage, holds_vectors, writing
+from .storage import Snapshot, Storage, holds_vectors, write_both
 from .trust import encode_words
 
 Counts = tuple[int, ...]
@@ -102,7 +102,8 @@ class BatchStorage:
         fresh, added = self._fresh, keys.shape[2]
         if self.window_end + added > self.exact_keys.shape[2]:
             self._close_gaps(added)
-        self.exact_keys, self.exact_values = writing(self.window_end)(self.exact_keys, self.exact_values, keys, values)
+        held = self.exact_keys, self.exact_values
+        self.exact_keys, self.exact_values = write_both(self.window_end, *held, keys, values)
         self.window_end += added
         if fresh:
             self.held_sinks = self.window_start = (min(self.sinks, self.window_end),) * self.batch

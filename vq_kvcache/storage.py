@@ -159,10 +159,18 @@ def _restoring(place: str, chunks: ChunkSizes, columns: int) -> Callable[..., tu
     return traced
 
 
-@kept_by_thread(256)  # more than the places between one seal and the next, at which every cycle comes by again
-def writing(start: int) -> Callable[..., tuple[mx.array, mx.array]]:
-    """`written` for keys and values, traced once for all layers of a step."""
+def write_both(
+    start: int, held_keys: mx.array, held_values: mx.array, keys: mx.array, values: mx.array
+) -> tuple[mx.array, mx.array]:
+    """`written` for keys and values. What decoding appends is traced once for all layers of a step; of prompts, whose
+    lengths differ, traces would pile up."""
+    if keys.shape[2] > LAG:
+        return written(held_keys, start, keys), written(held_values, start, values)
+    return _writing(start)(held_keys, held_values, keys, values)
 
+
+@kept_by_thread(256)  # more than the places between one seal and the next, at which every cycle comes by again
+def _writing(start: int) -> Callable[..., tuple[mx.array, mx.array]]:
     def both(held_keys: mx.array, held_values: mx.array, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         return written(held_keys, start, keys), written(held_values, start, values)
 
@@ -233,7 +241,7 @@ class Storage:
             room = self._room(start + added, keys, values)
             self.exact_keys = _resized(self.exact_keys, start, room, keys)
             self.exact_values = _resized(self.exact_values, start, room, values)
-        self.exact_keys, self.exact_values = writing(start)(self.exact_keys, self.exact_values, keys, values)
+        self.exact_keys, self.exact_values = write_both(start, self.exact_keys, self.exact_values, keys, values)
         self.exact_tokens += added
         if not self.chunks:
             self.held_sinks = min(self.sinks, self.exact_tokens)

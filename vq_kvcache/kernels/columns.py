@@ -153,6 +153,7 @@ def head_columns(layout: Layout, head: int) -> HeadColumns:
             column, tail = column + len(groups), tail + len(pairs)
     counts = [len(own) // (4 if kind else 24) for kind, own in tasks.items()]
     full = [n for s in (filled, twos) for n in ((s.words, s.first_word) if s else (0, 0))]
+    assert max(counts + full) < 256  # a byte each
     first, then, words = (sum(n << 8 * i for i, n in enumerate(part)) for part in (counts[:4], counts[4:], full))
     header = [first, then, after_rings | first_tail << 16, words]
     numbers = [*header, *itertools.chain(*tasks.values()), 0, 0, 0, 0]

@@ -231,8 +231,8 @@ def encode(quantizer: SpectralQuantizer, x: mx.array) -> Launch:
 
 
 def encoded(quantizer: SpectralQuantizer, x: mx.array, place: str) -> mx.array:
-    """Words uint32 [B, W, T] of vectors [B, H, T, D]. Of those that decoding packs this is traced for all layers: MLX
-    would otherwise put the kernel's text together for keys and values of each."""
+    """Words uint32 [B, W, T] of vectors [B, H, T, D]. Of those that decoding packs this is traced once for layers
+    alike: MLX would otherwise put the kernel's text together for keys and values of each."""
     if x.shape[2] > MOST_TRACED:
         return run(encode(quantizer, x), place)[0]
     return _encoding(place)(_centred(quantizer, x), quantizer.analysis, word_table(quantizer))
