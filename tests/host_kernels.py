@@ -22,7 +22,7 @@ TYPES = {
 }  # fmt: skip
 NUMPY = {mx.float32: np.float32, mx.float16: np.float16, mx.int32: np.int32, mx.uint32: np.uint32, mx.uint8: np.uint8}
 HERE = pathlib.Path(__file__).resolve().parent
-PROLOGUE = "float* vq_shared = reinterpret_cast<float*>(vq_space.data());\n"
+PROLOGUE = "float* vq_shared = vq_space.data();\n"
 
 
 def source_of(launch):
@@ -38,11 +38,11 @@ def source_of(launch):
         )
     lines += [
         f"  const int* groups = (const int*)in[{len(launch.inputs)}];",
+        f"  VqGuarded vq_space({-(-launch.shared // 16) * 16});",
         "  for (int vq_z = 0; vq_z < groups[2]; ++vq_z)",
         "    for (int vq_y = 0; vq_y < groups[1]; ++vq_y)",
         "      for (int vq_x = 0; vq_x < groups[0]; ++vq_x) {",
-        # Poison, so that reading what was never written shows.
-        f"        std::vector<uint32_t> vq_space({launch.shared // 4 + 1}, 0x7fc07fc0u);",
+        "        vq_space.fill(0x7fc07fc0u);",
         f"        VqFibers({launch.threads}, [&](int vq_thread) {{ {PROLOGUE} {launch.body.call} }});",
         "      }",
         "}",
@@ -99,7 +99,7 @@ def _guarded(array):
     memory = mmap.mmap(-1, size + page)
     end = ctypes.c_void_p(ctypes.addressof(ctypes.c_char.from_buffer(memory)) + size)
     assert ctypes.CDLL(None).mprotect(end, ctypes.c_size_t(page), 0) == 0
-    copy = np.frombuffer(memory, array.dtype, array.size, offset=size - -(-array.nbytes // 16) * 16)
+    copy = np.frombuffer(memory, array.dtype, array.size, offset=size - array.nbytes)
     copy[...] = array.ravel()
     return copy.reshape(array.shape)
 

@@ -2,13 +2,33 @@
 #include <setjmp.h>
 #include <stdio.h>
 #include <stdlib.h>
+#include <sys/mman.h>
 #include <ucontext.h>
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
 #include <functional>
 #include <vector>
+
+// Memory of a thread group with nothing behind it: who goes there is stopped, and the process with it.
+class VqGuarded {
+ public:
+  explicit VqGuarded(size_t bytes) : bytes_(bytes), whole_((bytes + PAGE - 1) / PAGE * PAGE) {
+    start_ = (char*)mmap(nullptr, whole_ + PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (start_ == MAP_FAILED || mprotect(start_ + whole_, PAGE, PROT_NONE)) abort();
+  }
+  ~VqGuarded() { munmap(start_, whole_ + PAGE); }
+  float* data() { return (float*)(start_ + whole_ - bytes_); }
+  // Poison, so that reading what was never written shows.
+  void fill(uint32_t x) { std::fill_n((uint32_t*)data(), bytes_ / 4, x); }
+
+ private:
+  static const size_t PAGE = 4096;
+  size_t bytes_, whole_;
+  char* start_;
+};
 
 class VqFibers {
  public:

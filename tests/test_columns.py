@@ -3,6 +3,7 @@
 import gc
 import weakref
 
+import host_kernels
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from vq_kvcache import attention, doctor, kernels
 from vq_kvcache.attention import attend_codes
 from vq_kvcache.kernels import columns, launches, steps
 from vq_kvcache.spectral import codebook, trellis
+from vq_kvcache.spectral.spectral_quant import SpectralQuantizer
 
 BITS = (0.5, 1.0, 2.0, 3.0, 4.25, 6.0, 7.5)
 
@@ -196,6 +198,32 @@ def test_shared_memory_is_shared_out(bits, dims, expected):
     assert groups * (columns.shared_bytes(groups) + kernels.GROUP_BYTES) <= kernels.SHARED_BYTES
     assert 32 * warps * groups <= kernels.MOST_THREADS
     assert warps * groups <= (columns.NARROW_WARPS if most <= columns.NARROW else columns.WIDE_WARPS)
+
+
+def test_the_least_shared_memory_suffices(monkeypatch):
+    """Also for a head without words of values, of which nothing but the end of its list is read ahead."""
+    widths = [[8] * 48 + [0] * 16, [2] * 64], [[0] * 64, [1] * 64]
+    pair = [
+        SpectralQuantizer.stack(
+            [SpectralQuantizer.from_transform(np.zeros(64), np.eye(64), np.ones(64), np.array(w)) for w in part]
+        )
+        for part in widths
+    ]
+    monkeypatch.setattr(doctor, "quantizer", lambda dims, heads, bits, seed: pair[seed])
+    made = columns.every_head(*pair)
+    numbers = max(len(own.numbers) + len(other.numbers) for own, other in zip(*made, strict=True))
+
+    def run(launch, place):
+        if launch.body.name == "columns":
+            told = dict(launch.template)
+            words = launches.head_words(*pair)
+            least = columns.least_bytes(told["MC"], told["ROW"], 64, words, numbers, told["WARPS"])
+            launch = doctor.dataclasses.replace(launch, shared=least)
+        return host_kernels.run(launch)
+
+    case = doctor.Case(heads=2)
+    error, own = doctor.compare(case, "host", run, columns.Program(96, 88, 1, 1))  # the last warp has a tile
+    assert error <= doctor.allowed(case, own)
 
 
 @pytest.mark.parametrize("dims", launches.HEAD_DIMS)

@@ -51,7 +51,7 @@ def test_attention_is_as_close_to_float64_as_mlx_own(place, case):
 
 @pytest.mark.parametrize("tokens", [1100, 1140])
 def test_a_warp_goes_from_tile_to_tile_and_reads_nothing_behind_a_chunk(tokens):
-    """Chunks of 11 tiles, the last of them not full, of which one warp of ten takes the first and then the last."""
+    """Chunks of 11 or 12 tiles, the last of them not full, for ten warps, of which some take two."""
     case = doctor.Case(heads=8, tokens=tokens, bits=2.0)
     error, own = doctor.compare(case, PLACE, run)
     assert error <= doctor.allowed(case, own)

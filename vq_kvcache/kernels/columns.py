@@ -228,7 +228,7 @@ def least_bytes(most: int, row: int, key_dims: int, words: int, numbers: int, wa
     """Shared memory that a thread group needs, see VqColumnSpace in columns.h. words, numbers: of the words of a head's
     keys and values, and of their lists."""
     before = 4 * (40 + LOOKUP + numbers) + 2 * QUERIES * (most + 8)
-    own = warps * (2 * (TOKENS * row + 8) + 4 * TOKENS * words)
+    own = warps * (2 * (TOKENS * row + 8) + 4 * TOKENS * words) + 4 * TOKENS  # read ahead of a list's end, for nothing
     gathering = 4 * warps * QUERIES * (most + 6)
     return max(before + max(own, gathering), 4 * QUERIES * (key_dims + 64))
 
