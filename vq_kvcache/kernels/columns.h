@@ -325,8 +325,8 @@ VQ_FN void vq_fetch_words(VQ_SHARED(uint) to, VQ_IN(uint) from, int words, uint 
     if (own > first) vq_fetch4(to + first * VQ_COLUMN_TOKENS, from + first * capacity);
 }
 
-// Find a tile, as all lanes know it but for `words`: those of its head's keys that this lane copies first. Other tiles behind
-// it may be stepped to while t.token is less than t.tokens; beyond a chunk's capacity nothing is read.
+// A tile that was found, as all lanes know it but for `words`: those of its head's keys that this lane copies first. Others
+// behind it may be stepped to while t.token is less than t.tokens; beyond a chunk's capacity nothing is read.
 VQ_FN void vq_know_tile(VQ_THREAD VqTile& t, uint first_word, int lane) {
   t.capacity = vq_uniform(t.capacity), t.first = vq_uniform(t.first);
   t.token = vq_uniform(t.token), t.valid = vq_uniform(t.valid);
@@ -449,7 +449,7 @@ VQ_FN void vq_attend_columns_packed(VQ_IN(vq_half) folded_in, VQ_IN(float) mean_
   vq_gather_columns<MC>(running, shared, table, params, sums, outputs, warps, at, WARPS);
 }
 
-// One thread group: y head and batch row, z eight queries of a group of query heads; x of them the first take a split of
+// One thread group: y head (of packed tokens, whose turn it is) and batch row, z eight queries of a group of query heads; x of them the first take a split of
 // packed tokens each, and the last few the splits of exact tokens in turn, which are short.
 template <typename T, int DK, int DV, int MC, int ROW, int WARPS>
 VQ_FN void vq_attend_columns(VQ_IN(T) q, VQ_IN(T) keys, VQ_IN(T) values, VQ_CHUNK_ARGUMENTS, VQ_IN(int) rows,

@@ -120,10 +120,10 @@ def _slots(s: Segment) -> tuple[tuple[int, ...], ...]:
 def head_columns(layout: Layout, head: int) -> HeadColumns:
     """The columns of one head of keys, or of values."""
     rings = [(s, *_ring_slots(s)) for s in layout.segments[head] if layout.in_rings(s)]
-    rings.sort(key=lambda ring: KINDS.index((ring[0].width, ring[1])))
     # The words of a segment follow one another.
     filled, twos = (next((s for s, *_ in rings if (s.width, s.slots) == full), None) for full in ((1, 32), (2, 16)))
-    rings = sorted((ring for ring in rings if ring[0] is not filled), key=lambda ring: ring[0] is not twos)
+    rings = [ring for ring in rings if ring[0] is not filled]
+    rings.sort(key=lambda ring: (ring[0] is not twos, KINDS.index((ring[0].width, ring[1]))))
     alone = [
         _Alone(s.first + slot * s.words + w, s.first_word + w, s.shift + slot * s.width, s.width)
         for s in layout.segments[head]
@@ -172,9 +172,13 @@ def every_head(keys: SpectralQuantizer, values: SpectralQuantizer) -> Heads:
 def in_turn(costs: list[int]) -> list[int]:
     """The heads in the order of thread groups, such that dear ones share a multiprocessor with cheap ones: a GPU gives
     each of them one group before it gives any a second one."""
-    apart = MULTIPROCESSORS % len(costs) or len(costs)
-    heads = sorted(range(len(costs)), key=costs.__getitem__)
-    return [heads.pop(-(place // apart % 2)) for place in range(len(costs))]
+    cheapest, places = sorted(range(len(costs)), key=costs.__getitem__), [-1] * len(costs)
+    for first in range(len(costs)):
+        place, end = first, 0
+        while places[place] < 0:  # from one to that which it meets, by turns from the cheap end and the dear one
+            places[place] = cheapest.pop(end)
+            place, end = (place + MULTIPROCESSORS) % len(costs), -1 - end
+    return places
 
 
 def column_table(keys: SpectralQuantizer, values: SpectralQuantizer, made: Heads, most: int) -> mx.array | None:
