@@ -310,7 +310,8 @@ def said_of(report, name):
 
 
 def test_a_text_that_goes_on_is_not_the_same_text(report):
-    assert "the same for 10 tokens" not in page(report)
+    # Not in the page, which tells of millions of tokens that find room, and their number may end so.
+    assert not any("10 tokens" in said_of(report, m["name"]) for m in report["methods"])
     report = copy.deepcopy(report)
     full, *_, ours = report["methods"]
     for m, tokens in ((full, 10), (ours, 12)):
