@@ -230,7 +230,7 @@ def tables() -> dict[str, str]:
         "speculative": speculative(json.loads((RESULTS / "speculative.json").read_text())),
         "memory": memory(held),
         "roofline": speed_tables.roofline(json.loads((RESULTS / "roofline.json").read_text())),
-        "speed": speed_tables.speed(_result("speed")),
+        "speed": speed_tables.speed(_result("speed"), _result("speed-earlier")),
         "long-run": speed_tables.long_run(_result("long-run")),
     }
 

@@ -23,6 +23,34 @@ def _gigabytes(count: float) -> str:
     return f"{count / 1e9:.2f} GB"
 
 
+def _decode_cells(result: Result) -> dict[str, dict[str, Result]]:
+    """What was decoded, "context, rows, weights", and the caches that it was decoded with."""
+    found = {}
+    for name, cell in result["cells"].items():
+        action, weights, shape = name.split(" ", 2)
+        if action == "decode":
+            tokens, batch = shape.split("x")[:2]
+            found[f"{int(tokens):,}, {batch}, {weights}"] = rows_of(cell)
+    return found
+
+
+def _times_as_fast(rows: dict[str, Result], kind: str) -> str:
+    """Against the fastest of mlx-lm's own caches; nothing for these, and where none ran."""
+    own = min((r["median_ms"] for k, r in rows.items() if not _is_spectral(k)), default=None)
+    return f"{own / rows[kind]['median_ms']:.2f}" if own and _is_spectral(kind) else ""
+
+
+def earlier(result: Result) -> str:
+    """How much steps differ from host to host."""
+    told = [
+        f"{times} ({shape})"
+        for shape, rows in _decode_cells(result).items()
+        for times in (_times_as_fast(rows, kind) for kind in rows)
+        if times
+    ]
+    return f"In an earlier run, on another host, codes had these times mlx-lm's speed: {'; '.join(told)}."
+
+
 def decoding(result: Result) -> str:
     """Whole decode steps: time, against the fastest of mlx-lm's own caches of the same run, and what packing takes."""
     lines = [
@@ -33,21 +61,13 @@ def decoding(result: Result) -> str:
         "packing, mean of a step | appending alone | peak above what it holds |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    for name, cell in result["cells"].items():
-        action, weights, shape = name.split(" ", 2)
-        if action != "decode":
-            continue
-        tokens, batch = shape.split("x")[:2]
-        rows = rows_of(cell)
-        own = min((r["median_ms"] for kind, r in rows.items() if not _is_spectral(kind)), default=None)
+    for shape, rows in _decode_cells(result).items():
         for kind, row in rows.items():
-            coded = _is_spectral(kind)
-            faster = f"{own / row['median_ms']:.2f}" if coded and own else ""
             packing = f"{row['packing_ms']:.2f} ms ({row['packing_ms'] / row['mean_ms']:.1%})"
             lines.append(
-                f"| {int(tokens):,}, {batch}, {weights} | {kind} | {_gigabytes(row['nbytes'])} | "
-                f"{row['median_ms']:.2f} ms | {faster} | {row['build_ms']:.1f} ms | "
-                f"{packing if coded else ''} | {row['append_ms']:.2f} ms | "
+                f"| {shape} | {kind} | {_gigabytes(row['nbytes'])} | "
+                f"{row['median_ms']:.2f} ms | {_times_as_fast(rows, kind)} | {row['build_ms']:.1f} ms | "
+                f"{packing if _is_spectral(kind) else ''} | {row['append_ms']:.2f} ms | "
                 f"{_gigabytes(row['steady_peak_above_nbytes'])} |"
             )
     return "\n".join(lines)
@@ -71,11 +91,11 @@ def prefill(result: Result) -> str:
     return "\n".join(lines)
 
 
-def speed(result: Result | None) -> str:
-    """All of speed.json; says so where there is none."""
+def speed(result: Result | None, before: Result | None = None) -> str:
+    """All of speed.json, and the steps of an earlier run; says so where there is none."""
     if result is None:
         return "Whole decode steps and prompts are not measured yet: `python benchmarks/speed.py` does, on an H100."
-    parts = [decoding(result)]
+    parts = [decoding(result)] + ([earlier(before)] if before else [])
     if any(name.startswith("prefill") for name in result["cells"]):
         parts.append(prefill(result))
     failed = [f"{name}: {cell['error']}" for name, cell in result["cells"].items() if "error" in cell]

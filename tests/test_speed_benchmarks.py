@@ -231,6 +231,14 @@ def test_steps_are_held_against_the_fastest_of_mlx_lms_caches():
     assert "| 512, 8, bf16 | BatchKVCache | 2.00 GB | 12.00 ms |  | 1.0 ms |  | 0.50 ms | 0.10 GB |" in table
 
 
+def test_an_earlier_run_tells_how_much_steps_differ():
+    own = {"KVCache": step(9.0)}
+    run = measured(decode_bf16_512x8=own | {"spectral 2": step(4.5)}, decode_bf16_64x1=own | {"spectral 2": step(12.0)})
+    table = speed_tables.speed(measured(decode_bf16_512x8=own), run)
+    assert "these times mlx-lm's speed: 2.00 (512, 8, bf16); 0.75 (64, 1, bf16)." in table
+    assert "earlier" not in speed_tables.speed(run)
+
+
 def test_cells_that_failed_are_named():
     cell = {"KVCache": step(1.2), "error": "spectral 2: no memory"}
     table = speed_tables.speed(measured(decode_bf16_512x1=cell, prefill_bf16_64={"error": "x"}))
