@@ -168,6 +168,11 @@ def test_full_attention_is_packed_and_the_rest_stays(kind):
     assert [i for i, c in enumerate(caches) if isinstance(c, SpectralKVCache)] == list(uses(model))
 
 
+def test_bare_handles_go_to_models_that_attend_and_do_nothing_else(kind):
+    caches = hooks.spectral_caches(lossless_caches(build(kind)))
+    assert {c.bare_handles for c in caches} == {kind not in {"deepseek_v3", "deepseek_v32", "gemma2"}}
+
+
 def test_a_bounded_cache_keeps_what_is_no_kv_cache(kind):
     """--max-kv-size: full-attention layers rotate, the others stay as the model made them, and it still runs."""
     model = build(kind)

@@ -19,7 +19,6 @@ from .cache import MOST_TOKENS, Planned, SpectralKVCache, View
 from .chunks import Chunk, Chunks
 from .drift import warn_once
 from .spectral.codec import Plan
-from .spectral.intercept import Handle
 from .spectral.sealing import BLOCK, LAG
 from .storage import Snapshot
 
@@ -49,6 +48,9 @@ class _BatchView(View):
     def __init__(self, snapshot: Snapshot, left_padding: Counts, columns: int) -> None:
         super().__init__(snapshot)
         self.left_padding, self.columns = left_padding, columns
+
+    def decoded(self) -> tuple[mx.array, mx.array]:
+        return self.snapshot.decoded(self.left_padding, self.columns)
 
     def of_rows(self, mask: Mask) -> Mask:
         """A mask over mlx-lm's columns, as one over the positions of each row's tokens."""
@@ -110,7 +112,7 @@ class BatchSpectralKVCache(Planned, BatchKVCache):  # type: ignore[misc]  # mlx-
         snapshot = storage.snapshot()
         if not few and not self._pads_are_held:
             storage.seal()
-        return self._handles(snapshot)
+        return self._handles(snapshot, self.bare_handles is True and added == 1)
 
     def keys_and_values(self) -> tuple[mx.array, mx.array]:
         """Handles on everything held, without appending."""
@@ -278,13 +280,12 @@ class BatchSpectralKVCache(Planned, BatchKVCache):  # type: ignore[misc]  # mlx-
         self._columns -= common
         self._left_padding = tuple(padding - common for padding in self._left_padding)
 
-    def _handles(self, snapshot: Snapshot) -> tuple[mx.array, mx.array]:
-        keys, values = snapshot.decoded(self._left_padding, self._columns)
+    def _handles(self, snapshot: Snapshot, bare: bool = False) -> tuple[mx.array, mx.array]:
+        view = _BatchView(snapshot, self._left_padding, self._columns)
         padded = not snapshot.layout.alike or any(self._left_padding)
         if snapshot.length == 0 or not (snapshot.packed or padded):
-            return keys, values
-        view = _BatchView(snapshot, self._left_padding, self._columns)
-        return Handle(keys, view, "keys"), Handle(values, view, "values")
+            return view.decoded()
+        return view.handles(bare)
 
     def _storage_for(self, keys: mx.array, values: mx.array) -> BatchStorage:
         if keys.shape[0] != len(self._left_padding):

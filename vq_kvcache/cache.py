@@ -18,7 +18,7 @@ from .options import CacheOptions
 from .shards import Share
 from .spectral.codec import Bits, Codec, CodecError, Plan, budget_of, find_codec
 from .spectral.files import parse_json
-from .spectral.intercept import Handle, is_pair
+from .spectral.intercept import AnyHandle, BareHandle, Handle, array_of, is_dispatching, is_pair
 from .spectral.sealing import BLOCK, LAG
 from .spectral.spectral_quant import Quantizer, RawQuantizer
 from .storage import Snapshot, Storage
@@ -60,15 +60,30 @@ class View:
     def __init__(self, snapshot: Snapshot) -> None:
         self.snapshot = snapshot
 
+    def decoded(self) -> tuple[mx.array, mx.array]:
+        """The arrays that the handles stand for, lazy."""
+        return self.snapshot.decoded()
+
+    def array(self, part: str) -> mx.array:
+        keys, values = self.decoded()
+        return keys if part == "keys" else values
+
+    def handles(self, bare: bool = False) -> tuple[Any, Any]:
+        """Handles on keys and values, bare ones if there is somebody to take them."""
+        if bare and is_dispatching():
+            return BareHandle(self, "keys"), BareHandle(self, "values")
+        keys, values = self.decoded()
+        return Handle(keys, self, "keys"), Handle(values, self, "values")
+
     def attention(
-        self, queries: mx.array, keys: Handle, values: mx.array, original: Callable[..., mx.array], **options: Any
+        self, queries: mx.array, keys: AnyHandle, values: Any, original: Callable[..., mx.array], **options: Any
     ) -> mx.array:
         if is_pair(keys, values):
             snapshot = self.snapshot
         elif values is keys and keys.part == "keys":
             snapshot = self.snapshot.of_keys()
         else:  # a model that attends to something else with these keys: the handle is the decoded array
-            return original(queries, keys, values, **options)
+            return original(queries, array_of(keys), array_of(values), **options)
         return attend(snapshot, queries, options["scale"], self.of_rows(options.get("mask")), options.get("sinks"))
 
     def of_rows(self, mask: Mask) -> Mask:
@@ -88,6 +103,8 @@ class Planned:
     _layer: int
     _window: int
     _sinks: int
+    # Whether single tokens are answered with bare handles, for a model that `attends_only`; None where nobody asked.
+    bare_handles: bool | None = None
 
     def _set_plan(self, plan: Plan | None, layer: int, window: int, sinks: int) -> None:
         if plan is None:
@@ -104,6 +121,7 @@ class Planned:
     def _take_plan(self, other: "Planned") -> None:
         self._plan, self._plan_name, self._fingerprint = other._plan, other._plan_name, other._fingerprint
         self._layer, self._window, self._sinks = other._layer, other._window, other._sinks
+        self.bare_handles = other.bare_handles
 
     @property
     def _settings(self) -> dict[str, Any]:
@@ -322,7 +340,7 @@ class SpectralKVCache(Planned, KVCache):  # type: ignore[misc]  # mlx-lm is unty
         snapshot = storage.snapshot()
         if due and prompt:  # within a prompt chunk, queries see the chunk itself exact
             storage.seal()
-        return _handles(snapshot)
+        return _handles(snapshot, self.bare_handles is True and keys.shape[2] == 1)
 
     def keys_and_values(self) -> tuple[mx.array, mx.array]:
         """Handles on everything held, without appending."""
@@ -393,6 +411,7 @@ class SpectralKVCache(Planned, KVCache):  # type: ignore[misc]  # mlx-lm is unty
         if not isinstance(kv, KVCache) or isinstance(kv, SpectralKVCache):
             raise ValueError(f"a {type(kv).__name__} was given; expected mlx-lm's KVCache.")
         cache = cls(like._require_plan(), like._layer, like._window, like._sinks)
+        cache.bare_handles = like.bare_handles
         if kv.keys is not None and kv.offset:
             cache.update_and_fetch(kv.keys[..., : kv.offset, :], kv.values[..., : kv.offset, :])
         return cache
@@ -459,12 +478,8 @@ class SpectralKVCache(Planned, KVCache):  # type: ignore[misc]  # mlx-lm is unty
         self._storage = storage
 
 
-def _handles(snapshot: Snapshot) -> tuple[mx.array, mx.array]:
-    keys, values = snapshot.decoded()
-    if not snapshot.packed:
-        return keys, values
-    view = View(snapshot)
-    return Handle(keys, view, "keys"), Handle(values, view, "values")
+def _handles(snapshot: Snapshot, bare: bool = False) -> tuple[mx.array, mx.array]:
+    return View(snapshot).handles(bare) if snapshot.packed else snapshot.decoded()
 
 
 def window_to_repeat(caches: Sequence[Any] | None, held: int) -> int:

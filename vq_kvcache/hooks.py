@@ -78,7 +78,17 @@ def make_prompt_cache(
     attachment = attachment_of(model) or Attachment(tokenizer, cache, None)
     if attachment.tokenizer is None:
         attachment.tokenizer = tokenizer
-    return _spectral_caches(model, *attachment.plan(model, cache))
+    return _told(_spectral_caches(model, *attachment.plan(model, cache)), model, attachment)
+
+
+def _told(caches: list[Any], model: Any, attachment: Attachment) -> list[Any]:
+    """The caches, which know whether bare handles are enough for the model."""
+    untold = [cache for cache in spectral_caches(caches) if cache.bare_handles is None]
+    if untold:
+        bare = attachment.attends_only(model, frozenset(cache._layer for cache in untold))
+        for cache in untold:
+            cache.bare_handles = bare
+    return caches
 
 
 def _spectral_caches(model: Any, plan: Plan, options: CacheOptions) -> list[Any]:
@@ -218,8 +228,9 @@ def _choose_cache(
     if cache is not None and prompt_cache is not None:
         raise ValueError("both cache= and prompt_cache= were given; expected one; pass the caches as prompt_cache=.")
     if prompt_cache is not None:
-        _check_fingerprints(model, prompt_cache)
-        return prompt_cache
+        attachment = attachment_of(model) or Attachment(None, CacheOptions(), None)
+        _check_fingerprints(model, prompt_cache, attachment)
+        return _told(prompt_cache, model, attachment)
     if cache is None:
         if attachment_of(model) is None:
             return None
@@ -235,12 +246,9 @@ def _choose_cache(
     return caches if draft_model is None or given else caches + own_caches(draft_model)
 
 
-def _check_fingerprints(model: Any, prompt_cache: list[Any]) -> None:
+def _check_fingerprints(model: Any, prompt_cache: list[Any], attachment: Attachment) -> None:
     names = {c._fingerprint for c in spectral_caches(prompt_cache)} - {""}
-    if not names:
-        return
-    attachment = attachment_of(model) or Attachment(None, CacheOptions(), None)
-    if names != {own := attachment.fingerprint(model, Share.of(model))}:
+    if names and names != {own := attachment.fingerprint(model, Share.of(model))}:
         raise CodecError(
             f"the prompt cache was packed for model {', '.join(sorted(names))}; this model is {own}; make it again."
         )

@@ -22,9 +22,12 @@ class Source(Protocol):
     """What a handle points to."""
 
     def attention(
-        self, queries: mx.array, keys: "Handle", values: mx.array, original: Callable[..., mx.array], **options: Any
+        self, queries: mx.array, keys: "AnyHandle", values: Any, original: Callable[..., mx.array], **options: Any
     ) -> mx.array:
         """The result of scaled_dot_product_attention for this handle; `original` is MLX's own function."""
+
+    def array(self, part: str) -> mx.array:
+        """What a handle on the keys or the values stands for."""
 
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -57,6 +60,31 @@ class Handle(mx.array):
         self.source, self.part = source, part
 
 
+class BareHandle:
+    """A handle without an array: all that attention needs. The graph of an array that hardly any model reads takes as
+    long to build as the rest of a layer's step. For models that `attends_only`; were it read all the same, attributes
+    and operators give the array's, and MLX's functions raise TypeError."""
+
+    __slots__ = ("part", "source")
+
+    def __init__(self, source: Source, part: str) -> None:
+        self.source, self.part = source, part
+
+    def __mlx_array__(self) -> mx.array:  # asked for by MLX's operators
+        return self.source.array(self.part)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.source.array(self.part), name)
+
+
+AnyHandle = Handle | BareHandle
+
+
+def array_of(x: Any) -> Any:
+    """What MLX's functions take for a handle, bare or not, or for an array."""
+    return x.__mlx_array__() if isinstance(x, BareHandle) else x
+
+
 _NAME = "scaled_dot_product_attention"
 _lock = threading.Lock()
 _users = 0
@@ -69,7 +97,7 @@ def original_attention() -> Callable[..., mx.array]:
 
 
 def _attention(queries: mx.array, keys: mx.array, values: mx.array, **options: Any) -> mx.array:
-    if isinstance(keys, Handle):
+    if isinstance(keys, AnyHandle):
         return keys.source.attention(queries, keys, values, _original, **options)
     return _original(queries, keys, values, **options)
 
@@ -96,6 +124,11 @@ def disable() -> None:
             setattr(mx.fast, _NAME, _original)
 
 
+def is_dispatching() -> bool:
+    """Whether MLX's attention is replaced at present, so that bare handles are understood."""
+    return _users > 0
+
+
 @contextlib.contextmanager
 def dispatching() -> Iterator[None]:
     """Handles are attended by their sources inside this block."""
@@ -107,28 +140,40 @@ def dispatching() -> Iterator[None]:
 
 
 class Recorder:
-    """Takes the place of a KV cache for one forward pass over a whole sequence: shows what passes and keeps nothing."""
+    """Takes the place of a KV cache for one forward pass over a whole sequence: shows what passes and keeps nothing.
 
-    def __init__(self, index: int, attend: Attention, offset: int, append: Append | None) -> None:
+    bare: it hands out bare handles, and notes whether they are read.
+    """
+
+    def __init__(self, index: int, attend: Attention, offset: int, append: Append | None, bare: bool = False) -> None:
         self.index, self.attend, self._append, self.offset = index, attend, append, offset
-        self._fetched: tuple[Handle, Handle] | None = None
+        self._fetched: tuple[AnyHandle, AnyHandle] | None = None
+        self._bare, self.was_read = bare, False
         self.state_was_read = False
         self.keys: mx.array | None = None  # pipelines hang dependencies on these
         self.values: mx.array | None = None
 
-    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[Handle, Handle]:
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[AnyHandle, AnyHandle]:
         if self._append is not None:
             keys, values = self._append(self.index, keys, values)
         self.keys, self.values = keys, values
-        self._fetched = Handle(keys, self, "keys"), Handle(values, self, "values")
+        if self._bare:
+            self._fetched = BareHandle(self, "keys"), BareHandle(self, "values")
+        else:
+            self._fetched = Handle(keys, self, "keys"), Handle(values, self, "values")
         return self._fetched
 
-    def keys_and_values(self) -> tuple[Handle, Handle]:
+    def array(self, part: str) -> mx.array:
+        self.was_read = True
+        array: mx.array = getattr(self, part)
+        return array
+
+    def keys_and_values(self) -> tuple[AnyHandle, AnyHandle]:
         assert self._fetched is not None  # a model asks only after its own update
         return self._fetched
 
     @property
-    def state(self) -> tuple[Handle, Handle]:  # models that share layers asked so before mlx-lm 0.32
+    def state(self) -> tuple[AnyHandle, AnyHandle]:  # models that share layers asked so before mlx-lm 0.32
         self.state_was_read = True
         return self.keys_and_values()
 
@@ -140,7 +185,7 @@ class Recorder:
         return mask if window_size is None else mask & (rows < columns + window_size)
 
     def attention(
-        self, queries: mx.array, keys: Handle, values: mx.array, original: Callable[..., mx.array], **options: Any
+        self, queries: mx.array, keys: AnyHandle, values: Any, original: Callable[..., mx.array], **options: Any
     ) -> mx.array:
         return self.attend(self.index, queries, keys, values, original, **options)
 
@@ -264,9 +309,34 @@ def _trace(model: Any) -> tuple[dict[int, Use], set[int]]:
     return found, by_state
 
 
+def attends_only(model: Any, only: Collection[int]) -> bool:
+    """Whether the model, given one token, hands what its KV caches `only` (by index) return to its attention and does
+    nothing else with it: it can be given bare handles then. One token is traced, nothing computed."""
+    made: list[Recorder] = []
+
+    def attend(index: int, queries: mx.array, keys: Any, values: Any, original: Attention, **options: Any) -> mx.array:
+        source = keys.source
+        source.was_read |= values is not keys and not is_pair(keys, values)
+        attended = source.keys if values is keys else source.values
+        return mx.zeros((*queries.shape[:3], attended.shape[3]), queries.dtype)
+
+    def recorder(index: int, own: Any, nested: bool) -> Any:
+        if index not in only:
+            return own
+        made.append(Recorder(index, attend, 0, None, bare=True))
+        return made[-1]
+
+    try:
+        with dispatching():
+            model(mx.array([[0]]), cache=replace_kv(plain_caches(model), recorder))
+    except (TypeError, ValueError, RuntimeError):  # MLX's, of an argument that is no array
+        return False
+    return not any(r.was_read or r.state_was_read for r in made)
+
+
 def is_pair(keys: Any, values: Any) -> bool:
     """Whether these are the handles on keys and values of one source."""
-    both = isinstance(keys, Handle) and isinstance(values, Handle) and keys.source is values.source
+    both = isinstance(keys, AnyHandle) and isinstance(values, AnyHandle) and keys.source is values.source
     return both and (keys.part, values.part) == ("keys", "values")
 
 
