@@ -1,6 +1,7 @@
 """The columns in which the CUDA kernel holds a head's levels, and the tables that tell it of them."""
 
 import gc
+import itertools
 import weakref
 
 import host_kernels
@@ -127,7 +128,7 @@ def test_a_head_costs_what_its_tasks_do(widths, cost):
 def test_entries_are_in_the_order_of_turns():
     keys, values = (doctor.quantizer(128, 8, 2.0, seed) for seed in (0, 1))
     made = columns.every_head(keys, values)
-    _, table = columns.chosen(keys, values)
+    _, table, _ = columns.chosen(keys, values)
     entries = np.array(table)[columns.HEADER_INTS :][: 2 * 8 * columns.HEAD_INTS].reshape(2, 8, -1)
     turns = columns.in_turn([made[0][h].cost + made[1][h].cost for h in range(8)])
     assert turns != list(range(8))
@@ -149,10 +150,27 @@ def test_looked_up_levels_are_those_of_the_codebooks():
         assert np.array_equal(alone[2**width : 2 ** (width + 1)], codebook.levels(width).astype(np.float16))
 
 
+@pytest.mark.parametrize("size", [1e-6, 1.0, 1e6])
+def test_fragments_are_the_basis_of_the_keys_in_the_order_of_the_columns(size):
+    """PTX: of a 16 x 16 factor a lane has rows lane / 4 and eight more, pairs of columns 2 (lane % 4) and more."""
+    keys = doctor.quantizer(64, 2, 2.0, 0)
+    keys.synthesis = keys.synthesis * size
+    made = [columns.head_columns(keys.layout, h) for h in range(2)]
+    found = np.array(columns.fragments(keys, made, 112)).view(np.float16).reshape(2, 7, 4, 32, 4, 2)
+    assert 2**13 <= np.abs(found).max() < 2**14
+    basis = np.array(keys.synthesis) * 2.0 ** -columns.exponent_of(keys)
+    for h, m, k, lane, register, pair in itertools.product(range(2), range(7), range(4), (0, 5, 30), range(4), (0, 1)):
+        column = 16 * m + lane // 4 + 8 * (register % 2)
+        dim = 16 * k + lane % 4 * 2 + 8 * (register // 2) + pair
+        coordinate = made[h].orders(0, 112)[column]
+        expected = basis[h, coordinate, dim] if coordinate >= 0 else 0.0
+        assert found[h, m, k, lane, register, pair] == np.float16(expected)
+
+
 def test_layouts_with_too_many_columns_go_another_way():
     keys, values = (doctor.quantizer(64, 2, 3.0, seed) for seed in (0, 1))
     made = columns.every_head(keys, values)
-    program, table = columns.chosen(keys, values)
+    program, table, _ = columns.chosen(keys, values)
     assert np.array_equal(columns.column_table(keys, values, made, program.most), table)
     assert (program.warps, program.groups) == (10, 2)
     assert columns.column_table(keys, values, made, 48) is None
@@ -205,7 +223,7 @@ def test_shared_memory_is_shared_out(bits, dims, expected):
     """All groups fit a multiprocessor, and each has what it needs; fewer warps where words or columns are many."""
     keys, values = (doctor.quantizer(dims, 2, bits, seed) for seed in (0, 1))
     made = columns.every_head(keys, values)
-    (most, row, warps, groups), _ = columns.chosen(keys, values)
+    (most, row, warps, groups), *_ = columns.chosen(keys, values)
     numbers = max(len(made[0][h].numbers) + len(made[1][h].numbers) for h in (0, 1))
     words = launches.head_words(keys, values)
     needed = columns.least_bytes(most, row, dims, words, numbers, warps)

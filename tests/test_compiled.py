@@ -168,4 +168,4 @@ def test_whatever_is_run_before_first_use_was_compiled_side_by_side(folder, monk
     assert doctor.wrong_codes("host") == ""
     assert doctor.wrong_arrays("host", 64, 64, mx.bfloat16) == ""
     assert doctor.first_wrong("host", 64, 64, mx.bfloat16) == ""
-    assert set(reached) == {"encode", "decode", "restore", "fold", "columns", "merge"}
+    assert set(reached) == {"encode", "decode", "restore", "columns", "merge"}

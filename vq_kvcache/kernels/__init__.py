@@ -63,20 +63,13 @@ ATTEND = Body(
     "vq_attend<T, DK, DV, KROWS, VROWS, WARPS, STAGE>(q, keys, values, VQ_CHUNK_NAMES, rows, fold, mean, table, "
     "levels, params, scale, hidden, added, sums, outputs, vq_shared, vq_x, vq_y, vq_z, vq_thread);\n",
 )  # fmt: skip
-FOLD = Body(
-    "fold",
-    ("q", "fold", "mean", "table", "params", "scale"),
-    ("folded", "mean_score"),
-    "(void)vq_shared;\nvq_fold_columns<T, DK, MC>(q, fold, mean, table, params, scale, folded, mean_score, vq_x, vq_y, "
-    "vq_z, vq_thread, THREADS);\n",
-)
 COLUMNS = Body(
     "columns",
-    ("q", "keys", "values", *CHUNK_NAMES, "rows", "folded", "mean_score", "table", "lookup", "params", "scale",
-     "hidden", "added"),
+    ("q", "keys", "values", *CHUNK_NAMES, "rows", "fold", "mean", "table", "lookup", "params", "scale", "hidden",
+     "added"),
     ("sums", "outputs"),
-    "vq_attend_columns<T, DK, DV, MC, ROW, WARPS>(q, keys, values, VQ_CHUNK_NAMES, rows, folded, mean_score, "
-    "table, lookup, params, scale, hidden, added, sums, outputs, vq_shared, vq_y, vq_x, vq_z, vq_thread);\n",
+    "vq_attend_columns<T, DK, DV, MC, ROW, WARPS>(q, keys, values, VQ_CHUNK_NAMES, rows, fold, mean, table, lookup, "
+    "params, scale, hidden, added, sums, outputs, vq_shared, vq_y, vq_x, vq_z, vq_thread);\n",
 )  # fmt: skip
 MERGE = Body(
     "merge",

@@ -9,62 +9,66 @@ enum { VQ_QUERIES = 8 };
 
 // A layer's table, columns.py. An entry: where its list begins (lookup.h), numbers of it, words of the head, the first of
 // them, columns, and which head it is of.
-enum { VQ_KEY_ORDER = 6, VQ_COLUMN_ENTRY = 16 };
+enum { VQ_FOLD_EXPONENT = 6, VQ_COLUMN_ENTRY = 16 };
 
-VQ_FN int vq_query_tiles(VQ_IN(int) params) { return (params[VQ_G] * params[VQ_L] + VQ_QUERIES - 1) / VQ_QUERIES; }
-
-// Queries in the basis of the codes, once for all splits: folded [planes, tiles of 8 queries, 8, MC], in the order of
-// the columns, and the share of the keys' mean in every score, mean_score [planes, tiles, 8]. x: VQ_FOLDED columns for
-// each warp, and after all of them the mean.
-enum { VQ_FOLDED = 4 };
-
-template <typename T, int DK, int MC>
-VQ_FN void vq_fold_columns(VQ_IN(T) q, VQ_IN(float) fold, VQ_IN(float) mean, VQ_IN(int) table, VQ_IN(int) params,
-                           VQ_IN(float) scale, VQ_OUT(vq_half) folded, VQ_OUT(float) mean_score, int x, int y, int z,
-                           int worker, int threads) {
-  const int parts = (DK + 31) / 32, tiles = vq_query_tiles(params);
-  const VqPlace at = vq_place<VQ_QUERIES>(params, 0, y, z, worker);
-  const int first = (x * (threads / 32) + at.warp) * VQ_FOLDED, base = (y * tiles + z) * VQ_QUERIES;
-  VQ_IN(int) order = table + table[VQ_KEY_ORDER] + at.head * MC;
-  float basis[VQ_FOLDED][parts];
+// Eight queries in the basis of the codes -> folded [8, MC], in the order of the columns, and the share of the keys' mean in
+// every score. fragments [heads, MC / 16, DK / 16, 32 lanes, 4]: the basis as the first factor of a product, in half
+// precision, divided by 2^table[VQ_FOLD_EXPONENT]. space: for the queries [8, DK], which the thread group reads once, and
+// which are made smaller on the way, so that large ones stay finite.
+template <typename T, int DK, int MC, int WARPS>
+VQ_FN void vq_fold_columns(VQ_SHARED(vq_half) folded, VQ_SHARED(float) mean_score, VQ_SHARED(vq_half) space, VQ_IN(T) q,
+                           VQ_IN(uint) fragments, VQ_IN(float) mean, VQ_IN(int) table, VQ_IN(int) params, float scale,
+                           VQ_THREAD const VqPlace& at) {
+  enum { STEPS = DK / 16, PARTS = (DK + 31) / 32, STRIDE = DK + 8 };
+  const float smaller = 0.0625f;
+  scale *= 16.0f;
+  VQ_IN(uint) own = fragments + ((size_t)(at.head * (MC / 16) + at.warp) * STEPS * 32 + at.lane) * 4;
+  uint a[STEPS][4];
+  float means[PARTS];
   VQ_UNROLL
-  for (int k = 0; k < VQ_FOLDED; ++k) {
-    const int n = first + k, coordinate = n < MC ? order[n] : n == MC ? 0 : -1;
-    VQ_IN(float) row = n < MC ? fold + (at.head * table[VQ_KEY_ROWS] + coordinate) * DK : mean + at.head * DK;
-    VQ_UNROLL
-    for (int i = 0; i < parts; ++i) {
-      const int d = i * 32 + at.lane;
-      basis[k][i] = coordinate >= 0 && d < DK ? row[d] : 0.0f;
+  for (int k = 0; k < STEPS; ++k)
+    if (at.warp < MC / 16) vq_load4(a[k], own + k * 32 * 4);
+  VQ_UNROLL
+  for (int k = 0; k < PARTS; ++k) means[k] = k * 32 + at.lane < DK ? mean[at.head * DK + k * 32 + at.lane] : 0.0f;
+  for (int i = at.warp * 32 + at.lane; i < VQ_QUERIES * DK / 2; i += WARPS * 32) {
+    const int row = i / (DK / 2), d = i % (DK / 2) * 2;
+    float x = 0.0f, y = 0.0f;
+    if (row < at.rows) {
+      x = vq_query<T, DK>(q, params, at, at.first + row, d);
+      y = vq_query<T, DK>(q, params, at, at.first + row, d + 1);
     }
+    vq_put2(space + row * STRIDE + d, vq_bits(vq_pack(x * smaller, y * smaller)));
   }
-  VQ_UNROLL
-  for (int r = 0; r < VQ_QUERIES; ++r) {
-    float sum[VQ_FOLDED];
+  VQ_SYNC_GROUP();
+  const float factor = scale * vq_exp2((float)table[VQ_FOLD_EXPONENT]);
+  VQ_SHARED(const vq_half) rows = space + at.lane % 8 * STRIDE + at.lane / 8 * 8;
+  VQ_LOOP
+  for (int m = at.warp; m < MC / 16; m += WARPS) {
+    float c[4] = {0.0f, 0.0f, 0.0f, 0.0f};
     VQ_UNROLL
-    for (int k = 0; k < VQ_FOLDED; ++k) sum[k] = 0.0f;
-    if (r < at.rows) {
-      VQ_UNROLL
-      for (int i = 0; i < parts; ++i) {
-        const int d = i * 32 + at.lane;
-        const float own = d < DK ? vq_query<T, DK>(q, params, at, at.first + r, d) * scale[0] : 0.0f;
-        VQ_UNROLL
-        for (int k = 0; k < VQ_FOLDED; ++k) sum[k] = vq_fma(own, basis[k][i], sum[k]);
-      }
-      VQ_UNROLL
-      for (uint bit = 16; bit; bit /= 2) {
-        VQ_UNROLL
-        for (int k = 0; k < VQ_FOLDED; ++k) sum[k] += vq_shuffle_xor(sum[k], bit);
-      }
+    for (int k = 0; k < STEPS; k += 2) {
+      uint b[4];
+      vq_ldmatrix(b, rows + k * 16);
+      vq_mma(c, a[k], b[0], b[1]);
+      if (k + 1 < STEPS) vq_mma(c, a[k + 1], b[2], b[3]);
     }
+    VQ_SHARED(vq_half) out = folded + at.lane % 4 * 2 * (MC + 8) + m * 16 + at.lane / 4;
     VQ_UNROLL
-    for (int k = 0; k < VQ_FOLDED; ++k) {
-      if (at.lane != k || first + k > MC) continue;
-      if (first + k < MC) {
-        vq_set(folded[(base + r) * MC + first + k], sum[k]);
-      } else {
-        mean_score[base + r] = sum[k];
-      }
-    }
+    for (int e = 0; e < 4; ++e) vq_set(out[e % 2 * (MC + 8) + e / 2 * 8], c[e] * factor);
+    own += WARPS * STEPS * 32 * 4;
+    VQ_UNROLL
+    for (int k = 0; k < STEPS; ++k)
+      if (m + WARPS < MC / 16) vq_load4(a[k], own + k * 32 * 4);
+  }
+  VQ_LOOP
+  for (int r = at.warp; r < VQ_QUERIES; r += WARPS) {
+    float sum = 0.0f;
+    VQ_UNROLL
+    for (int k = 0; k < PARTS; ++k)
+      if (k * 32 + at.lane < DK) sum = vq_fma(vq_float(space[r * STRIDE + k * 32 + at.lane]), means[k], sum);
+    VQ_UNROLL
+    for (uint bit = 16; bit; bit /= 2) sum += vq_shuffle_xor(sum, bit);
+    if (at.lane == 0) mean_score[r] = sum * scale;
   }
 }
 
@@ -336,13 +340,13 @@ VQ_FN void vq_know_tile(VQ_THREAD VqTile& t, uint first_word, int lane) {
 }
 
 // Packed tokens. at.head: whose turn it is, by the order of entries.
-template <int MC, int ROW, int WARPS>
-VQ_FN void vq_attend_columns_packed(VQ_IN(vq_half) folded_in, VQ_IN(float) mean_in, VQ_CHUNK_ARGUMENTS, VqRows held,
-                                    VQ_IN(int) table, VQ_IN(int) lookup_in, VQ_IN(int) params,
+template <typename T, int DK, int MC, int ROW, int WARPS>
+VQ_FN void vq_attend_columns_packed(VQ_IN(T) q, VQ_CHUNK_ARGUMENTS, VqRows held, VQ_IN(uint) fold, VQ_IN(float) mean,
+                                    VQ_IN(int) table, VQ_IN(int) lookup_in, VQ_IN(int) params, float scale,
                                     VQ_IN(unsigned char) hidden, VQ_IN(float) added, VQ_OUT(float) sums,
-                                    VQ_OUT(float) outputs, VQ_SHARED(float) shared, VqPlace at, int query_tile) {
+                                    VQ_OUT(float) outputs, VQ_SHARED(float) shared, VqPlace at) {
   typedef VqColumnSpace<MC, ROW> Space;
-  enum { QUERY_STRIDE = Space::query_stride, THREADS = WARPS * 32 };
+  enum { THREADS = WARPS * 32 };
   VQ_SHARED(int) chunks = (VQ_SHARED(int))(shared + Space::chunks);
   VQ_SHARED(uint) lookup = (VQ_SHARED(uint))(shared + Space::lookup);
   VQ_SHARED(int) lists = (VQ_SHARED(int))(shared + Space::lists);
@@ -382,14 +386,11 @@ VQ_FN void vq_attend_columns_packed(VQ_IN(vq_half) folded_in, VQ_IN(float) mean_
     for (int k = worker; k < entry[1]; k += THREADS) lists[(part ? value_list : 0) + k] = table[entry[0] + k];
   }
   at.head = vq_uniform(key_entry[5]);
-  const int own = (at.batch * heads + at.head) * vq_query_tiles(params) + query_tile;
-  for (int k = worker; k < VQ_QUERIES * MC; k += THREADS)
-    folded[k / MC * QUERY_STRIDE + k % MC] = folded_in[own * VQ_QUERIES * MC + k];
-  if (worker < VQ_QUERIES) shared[worker] = mean_in[own * VQ_QUERIES + worker];
+  vq_fold_columns<T, DK, MC, WARPS>(folded, shared, (VQ_SHARED(vq_half))warps, q, fold, mean, table, params, scale, at);
+  VQ_SYNC_GROUP();
   // What is never written must not be NaN.
   const uint zeros[4] = {0u, 0u, 0u, 0u};
   for (int k = 8 * at.lane; k < Space::numbers; k += 8 * 32) vq_put8(tile + k, zeros);
-  VQ_SYNC_GROUP();
   const VqKinds key_kinds = vq_kinds((VQ_SHARED(const uint))lists);
   const VqKinds value_kinds = vq_kinds((VQ_SHARED(const uint))lists + value_list);
   VqColumnSums<MC> running;
@@ -453,7 +454,7 @@ VQ_FN void vq_attend_columns_packed(VQ_IN(vq_half) folded_in, VQ_IN(float) mean_
 // packed tokens each, and the last few the splits of exact tokens in turn, which are short.
 template <typename T, int DK, int DV, int MC, int ROW, int WARPS>
 VQ_FN void vq_attend_columns(VQ_IN(T) q, VQ_IN(T) keys, VQ_IN(T) values, VQ_CHUNK_ARGUMENTS, VQ_IN(int) rows,
-                             VQ_IN(vq_half) folded, VQ_IN(float) mean_score, VQ_IN(int) table, VQ_IN(int) lookup,
+                             VQ_IN(uint) fold, VQ_IN(float) mean, VQ_IN(int) table, VQ_IN(int) lookup,
                              VQ_IN(int) params, VQ_IN(float) scale, VQ_IN(unsigned char) hidden, VQ_IN(float) added,
                              VQ_OUT(float) sums, VQ_OUT(float) outputs, VQ_SHARED(float) shared, int x, int y, int z,
                              int worker) {
@@ -463,8 +464,8 @@ VQ_FN void vq_attend_columns(VQ_IN(T) q, VQ_IN(T) keys, VQ_IN(T) values, VQ_CHUN
   const VqRows held = vq_rows(rows, at.batch);
   if (x < packed) {
     at.split += exact;
-    vq_attend_columns_packed<MC, ROW, WARPS>(folded, mean_score, VQ_CHUNK_NAMES, held, table, lookup, params, hidden,
-                                             added, sums, outputs, shared, at, z);
+    vq_attend_columns_packed<T, DK, MC, ROW, WARPS>(q, VQ_CHUNK_NAMES, held, fold, mean, table, lookup, params, scale[0],
+                                                    hidden, added, sums, outputs, shared, at);
   } else {
     VQ_LOOP
     for (at.split -= packed; at.split < exact; at.split += params[VQ_EXACT_GROUPS]) {

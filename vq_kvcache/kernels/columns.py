@@ -7,6 +7,7 @@ unfolded, in that order. What there is to decode is told of task by task, as loo
 
 import functools
 import itertools
+import math
 from typing import TYPE_CHECKING, NamedTuple
 
 import mlx.core as mx
@@ -15,7 +16,7 @@ import numpy as np
 from ..spectral import codebook, trellis
 from ..spectral.packing import Layout, Segment
 from ..spectral.spectral_quant import SpectralQuantizer
-from . import COLUMNS, FOLD, GROUP_BYTES, MOST_THREADS, MULTIPROCESSORS, SHARED_BYTES, Launch
+from . import COLUMNS, GROUP_BYTES, MOST_THREADS, MULTIPROCESSORS, SHARED_BYTES, Launch
 from .launches import HEAD_INTS, chunk_inputs, evaluated, head_words
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ SIZES = ((10, 2), (8, 2), (5, 3), (6, 2), (10, 1), (8, 1), (6, 1), (4, 1), (2, 1
 # Warps of a multiprocessor, whose registers they share: with sums of at most NARROW columns, and with more.
 NARROW, NARROW_WARPS, WIDE_WARPS = 176, MOST_THREADS // 32, 16
 SHORT_ROW = 120  # columns of a row of a tile that suffice for few bits
-FOLD_THREADS, FOLDED = 256, 4  # of a thread group, and columns of each of its warps
+LARGEST = 14  # the basis of the keys in half precision is below two to this
 HEADER_INTS = 16
 LOOKUP = 296
 ALONE = 40
@@ -183,8 +184,8 @@ def in_turn(costs: list[int]) -> list[int]:
 
 def column_table(keys: SpectralQuantizer, values: SpectralQuantizer, made: Heads, most: int) -> mx.array | None:
     """int32: header, entries of the heads of keys and then of values, in their turn, lists, and the order of each
-    head's columns; None when a head needs more columns than products have, MC: `most`, eight more than the longest
-    row."""
+    head's columns of values; None when a head needs more columns than products have, MC: `most`, eight more than the
+    longest row."""
     layouts = keys.layout, values.layout
     heads = layouts[0].heads
     if not all(one.fits(most) for part in made for one in part):
@@ -199,13 +200,33 @@ def column_table(keys: SpectralQuantizer, values: SpectralQuantizer, made: Heads
             entries += [start + len(lists), len(own[h].numbers), words]
             entries += [layout.first_words[h] + part * keys.words, len(own[h].order), h]
             lists += own[h].numbers
-    orders = [start + len(lists), start + len(lists) + heads * most]
     table = [
-        heads, keys.words + values.words, layouts[0].stored, layouts[1].stored, most, orders[1], orders[0], *([0] * 9),
-        *entries, *lists,
+        heads, keys.words + values.words, layouts[0].stored, layouts[1].stored, most, start + len(lists),
+        exponent_of(keys), *([0] * 9), *entries, *lists,
     ]  # fmt: skip
-    table += [n for part, own in enumerate(made) for columns in own for n in columns.orders(part, most)]
+    table += [n for columns in made[1] for n in columns.orders(1, most)]
     return evaluated(mx.array(np.array(table, np.int64).astype(np.uint32).view(np.int32)))
+
+
+def exponent_of(keys: SpectralQuantizer) -> int:
+    """Of two, by which the basis of the keys is divided to use the range of half precision."""
+    return math.frexp(np.abs(np.array(keys.synthesis)).max())[1] - LARGEST
+
+
+def fragments(keys: SpectralQuantizer, made: list[HeadColumns], most: int) -> mx.array:
+    """The basis of the keys, divided, with its rows in the order of the columns, as uint32 [H, MC / 16, D / 16, 32, 4]:
+    of each 16 columns and 16 dims, the pairs of halves that each lane of a warp has of the first factor of
+    mma.m16n8k16 (PTX ISA)."""
+    basis, exponent = np.array(keys.synthesis), exponent_of(keys)
+    heads, _, dims = basis.shape
+    turned = np.zeros((heads, most, dims), np.float16)
+    for h, columns in enumerate(made):
+        order = np.array(columns.orders(0, most))
+        turned[h, order >= 0] = np.ldexp(basis[h, order[order >= 0]], -exponent)
+    # [head, columns by 16, eight of them or the others, lane / 4, dims by 16, eight or the others, lane % 4, two]
+    parts = turned.reshape(heads, most // 16, 2, 8, dims // 16, 2, 4, 2).transpose(0, 1, 4, 3, 6, 5, 2, 7)
+    words = np.ascontiguousarray(parts).view(np.uint32).reshape(heads, most // 16, dims // 16, 32, 4)
+    return evaluated(mx.array(words))
 
 
 @functools.cache
@@ -249,9 +270,9 @@ class Program(NamedTuple):
 
 def chosen(
     keys: SpectralQuantizer, values: SpectralQuantizer, program: Program | None = None
-) -> tuple[Program, mx.array] | None:
-    """(program, table): the program with the fewest columns and then the most warps that takes these codes, or the
-    given one; None when it, or every one, has too little room."""
+) -> tuple[Program, mx.array, mx.array] | None:
+    """(program, table, fragments): the program with the fewest columns and then the most warps that takes these codes,
+    or the given one; None when it, or every one, has too little room."""
     made = every_head(keys, values)
     dims = keys.synthesis.shape[-1], values.synthesis.shape[-1]
     words = head_words(keys, values)
@@ -269,7 +290,7 @@ def chosen(
         found = next(filter(has_room, programs), None)
         table = column_table(keys, values, made, most)
         if found and table is not None:
-            return found, table
+            return found, table, fragments(keys, made[0], most)
     return None
 
 
@@ -283,29 +304,14 @@ def _program(plan: "Plan") -> Program:
     return plan.shape.program
 
 
-def fold(plan: "Plan", o: "Operands") -> Launch:
-    """The launch of vq_fold_columns."""
-    shape, tiles, most = plan.shape, plan.shape.row_tiles, _program(plan).most
-    return Launch(
-        FOLD,
-        [o.queries, o.key_basis, o.key_mean, o.table, o.params, o.scale],
-        [(shape.planes, tiles, QUERIES, most), (shape.planes, tiles, QUERIES)],
-        [mx.float16, mx.float32],
-        (-(-(most + 1) // (FOLDED * FOLD_THREADS // 32)), shape.planes, tiles),
-        FOLD_THREADS,
-        0,
-        (("T", shape.dtype), ("DK", shape.key_dims), ("MC", most), ("THREADS", FOLD_THREADS)),
-    )
-
-
-def attend(plan: "Plan", o: "Operands", folded: list[mx.array]) -> Launch:
+def attend(plan: "Plan", o: "Operands") -> Launch:
     """The launch of vq_attend_columns."""
     shape, (most, row, warps, groups) = plan.shape, _program(plan)
     every = shape.planes, plan.splits, shape.rows
     return Launch(
         COLUMNS,
-        [o.queries, o.exact_keys, o.exact_values, *chunk_inputs(o.words), o.held, *folded, o.table, lookup(), o.params,
-         o.scale, o.hidden, o.added],
+        [o.queries, o.exact_keys, o.exact_values, *chunk_inputs(o.words), o.held, o.key_basis, o.key_mean, o.table,
+         lookup(), o.params, o.scale, o.hidden, o.added],
         [(*every, 2), (*every, most)],
         [mx.float32, mx.float32],
         (shape.planes, plan.groups, shape.row_tiles),  # exact tokens of all planes last

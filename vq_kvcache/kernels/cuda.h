@@ -70,6 +70,10 @@ VQ_FN void vq_load4_shared(uint (&to)[4], const uint* from) {
   const uint4 x = *reinterpret_cast<const uint4*>(from);
   to[0] = x.x, to[1] = x.y, to[2] = x.z, to[3] = x.w;
 }
+VQ_FN void vq_load4(uint (&to)[4], const uint* __restrict__ from) {
+  const uint4 x = __ldg(reinterpret_cast<const uint4*>(from));
+  to[0] = x.x, to[1] = x.y, to[2] = x.z, to[3] = x.w;
+}
 VQ_FN void vq_put2(vq_half* at, uint x) { *reinterpret_cast<uint*>(at) = x; }
 VQ_FN bool vq_any(bool x) { return __any_sync(0xffffffffu, x); }
 // Bytes `byte` and `byte` + 1 of a, and of b above them.

@@ -78,6 +78,7 @@ VQ_FN const void* vq_aligned(const void* p, size_t bytes) {  // GPUs read and wr
   return p;
 }
 VQ_FN void vq_load4_shared(uint (&to)[4], const uint* from) { memcpy(to, vq_aligned(from, 16), 16); }
+VQ_FN void vq_load4(uint (&to)[4], const uint* from) { memcpy(to, vq_aligned(from, 16), 16); }
 VQ_FN void vq_put8(vq_half* at, const uint (&x)[4]) { memcpy((void*)vq_aligned(at, 16), x, 16); }
 VQ_FN void vq_put2(vq_half* at, uint x) { memcpy((void*)vq_aligned(at, 4), &x, 4); }
 VQ_FN int vq_held_lane(int lane) { return lane; }

@@ -1,4 +1,4 @@
-"""One attention over a cache as launches: queries folded, tokens attended to split by split, splits merged.
+"""One attention over a cache as launches: tokens attended to split by split, splits merged.
 
 What is the same in every layer of a decoding step is found once (`_numbers`), and the launches of one plan are traced
 once by MLX (`attend`): what Python does for a layer is then little beside the kernels.
@@ -98,16 +98,16 @@ class Operands(NamedTuple):
 def _tables(
     keys: SpectralQuantizer, values: SpectralQuantizer, wide: bool, place: str, program: columns.Program | None
 ) -> Any:
-    """(program, group, table): which kernel reads these codes, and with what."""
+    """(program, group, table, basis of the keys): which kernel reads these codes, and with what."""
     dims = keys.synthesis.shape[-1], values.synthesis.shape[-1]
     if not wide and place != "metal":
         chosen = columns.chosen(keys, values, program)
         if chosen is not None:
-            own, table = chosen
-            return own, None, table
+            own, table, basis = chosen
+            return own, None, table, basis
     stage = 0 if place == "metal" else next(n for n in launches.STAGES if n >= launches.head_words(keys, values))
     group = launches.group_of(*dims, 4 if wide else 2, stage, place)
-    return None, (*group, stage), launches.layer_table(keys, values)
+    return None, (*group, stage), launches.layer_table(keys, values), keys.synthesis
 
 
 class Reader(NamedTuple):
@@ -126,10 +126,10 @@ def _reader(
     keys, values = launches.spectral(snapshot)
     batch, query_heads, length, key_dims = queries
     _, heads, _, value_dims = snapshot.exact_values.shape
-    program, group, table = _tables(keys, values, dtype == mx.float32, place, program)
+    program, group, *tables = _tables(keys, values, dtype == mx.float32, place, program)
     shape = Shape(place, dtype, batch, heads, query_heads // heads, length, key_dims, value_dims, program, group)
     codes, chunks = snapshot.codes
-    return Reader(shape, codes.words, chunks, (table, keys.synthesis, keys.mean, values.synthesis, values.mean))
+    return Reader(shape, codes.words, chunks, (*tables, keys.mean, values.synthesis, values.mean))
 
 
 class Split(NamedTuple):
@@ -227,11 +227,9 @@ def _attend_launch(plan: Plan, o: Operands) -> Launch:
     )  # fmt: skip
 
 
-def parts_launch(plan: Plan, o: Operands, run: Run = run) -> Launch:
-    """The launch that attends, split by split; what must go before it is run."""
-    if not plan.shape.program:
-        return _attend_launch(plan, o)
-    return columns.attend(plan, o, run(columns.fold(plan, o), plan.shape.place))
+def parts_launch(plan: Plan, o: Operands) -> Launch:
+    """The launch that attends, split by split."""
+    return columns.attend(plan, o) if plan.shape.program else _attend_launch(plan, o)
 
 
 def merge_launch(plan: Plan, o: Operands, parts: list[mx.array]) -> Launch:
@@ -253,7 +251,7 @@ def merge_launch(plan: Plan, o: Operands, parts: list[mx.array]) -> Launch:
 def attend_by(run: Run, plan: Plan, o: Operands) -> mx.array:
     """The attention [B, Hq, L, Dv], launch by launch through `run`."""
     place = plan.shape.place
-    parts = run(parts_launch(plan, o, run), place)
+    parts = run(parts_launch(plan, o), place)
     return run(merge_launch(plan, o, parts), place)[0]
 
 
