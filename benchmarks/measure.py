@@ -269,18 +269,19 @@ class Results:
         same = all(old.get(name) == value for name, value in {**settings, "machine": machine()}.items())
         self.cells: dict[str, Any] = old.get("cells", {}) if same else {}
 
-    def cell(self, name: str, kinds: dict[str, Any], run: Callable[[str, Any], Any]) -> None:
-        """Run `run(kind, kinds[kind])` for each kind unless the cell is there; errors are kept, and tried again."""
+    def cell(self, name: str, parts: dict[str, Any], run: Callable[[str, Any], dict[str, Any]]) -> None:
+        """What `run(part, parts[part])` gives for all parts, unless it is there; errors are kept, and tried again."""
         if "error" not in self.cells.get(name, {"error": ""}):
             print(f"{name}: measured before", flush=True)
             return
         start, made = time.perf_counter(), {}
-        for kind, value in kinds.items():
+        for part, value in parts.items():
             try:
-                made[kind] = run(kind, value)
+                told = run(part, value)
             except (RuntimeError, ValueError, MemoryError) as error:  # no such kernel there, or too little memory
-                made["error"] = f"{kind}: {first_line(error)}"
-            print(f"{name}, {kind}: {json.dumps(made.get(kind, made.get('error')))}", flush=True)
+                told = {"error": f"{part}: {first_line(error)}"}
+            made |= told
+            print(f"{name}: {json.dumps(told)}", flush=True)
         self.cells[name] = made
         self.save()
         print(f"{name}: {time.perf_counter() - start:.0f} s", flush=True)

@@ -91,9 +91,9 @@ def measure_long_runs(model: Any, choices: dict[str, Any], steps: int, block: in
     """A cell for each cache that is not in the file yet, after a short run that builds its kernels."""
     results = measure.Results(file, {"steps": steps, "block": block})
 
-    def run(_: str, choice: Any) -> list[dict[str, float]]:
+    def run(name: str, choice: Any) -> dict[str, list[dict[str, float]]]:
         long_run(model, choice, min(steps, WARM_STEPS), WARM_STEPS)
-        return long_run(model, choice, steps, block)
+        return {name: long_run(model, choice, steps, block)}
 
     for name, choice in choices.items():
         results.cell(name, {"blocks": choice}, run)

@@ -6,9 +6,10 @@
 
 Shape of Llama-3.1-8B with random weights, and a codec that nobody calibrated: time and bytes depend on neither. Caches
 are filled through their own update_and_fetch, encoding included, and not by the model. One row is decoded by mlx-lm's
-generate_step, several by the GenerationBatch of its server, both of which build a step while the last one runs. All
-caches of a shape are timed one after another in one process, so that their ratio is of one run. What is finished is
-saved, and not run again.
+generate_step, several by the GenerationBatch of its server, both of which build a step while the last one runs. Hosts
+change their speed within seconds, so kinds of caches that fit into memory together take turns of a block of steps, and
+are compared within a round; mlx-lm's BatchKVCache, which does not fit beside others, is timed alone. A shape that is
+finished is saved, and not run again.
 """
 
 import argparse
@@ -17,9 +18,9 @@ import dataclasses
 import itertools
 import json
 import pathlib
-import statistics
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Any
 
 import measure
@@ -45,10 +46,12 @@ SMALL = LLAMA_8B | {
     "vocab_size": 500,
 }  # fmt: skip
 PIECE = 2048  # tokens of a prompt that mlx-lm reads at once
-WARM = 8 + 4 * BLOCK  # steps before the first that counts: what packs a process's first blocks is compiled in them
-STEPS = 4 * BLOCK  # that count: whole blocks, of one row and of a batch, which packs two at a time
-STEADY = 200  # of these, before mlx-lm's cache grows again, which it does every 256 tokens
+WARM = 8 + 4 * BLOCK  # steps before the turns: what packs is compiled; the 8 keep packing away from a turn's ends
+ROUNDS = 4  # turns of BLOCK steps that count: an even number, for a batch packs two blocks at a time
+STEADY = 3  # of these, before mlx-lm's cache grows again, which it does every 256 tokens
+IDLE = 2  # a turn's first intervals: the step built ahead of them has run in the meantime, so that the GPU waits
 Rows = dict[str, Any]
+Turn = list[tuple[float, int]]  # a moment, and the codes held at it: before the first step, and behind each
 
 
 def random_plan(config: dict[str, Any], bits: float) -> Plan:
@@ -100,19 +103,19 @@ def fill(caches: list[Any], config: dict[str, Any], tokens: int, batch: int, pie
         mx.clear_cache()
 
 
-def decoding(model: Any, caches: list[Any], batch: int, count: int) -> Iterator[None]:
-    """`count` steps of mlx-lm's own loop."""
+def decoding(model: Any, caches: list[Any], batch: int) -> Generator[None, None, None]:
+    """Steps of mlx-lm's own loop, without end."""
     if batch == 1:
-        for _ in generate_step(mx.array([5]), model, max_tokens=count, prompt_cache=caches):
+        for _ in generate_step(mx.array([5]), model, max_tokens=-1, prompt_cache=caches):
             yield
         return
     with mx.stream(generation_stream):
         rows = GenerationBatch(
             model, list(range(batch)), mx.array([5] * batch), caches, [[] for _ in range(batch)], [None] * batch,
             lambda logits: mx.argmax(logits, axis=-1), [], [StopSequences() for _ in range(batch)],
-            [count + 2] * batch,
+            [sys.maxsize] * batch,
         )  # fmt: skip
-    for _ in range(count):
+    while True:
         with mx.stream(generation_stream):
             rows.next()
         yield
@@ -124,82 +127,102 @@ def packed_tokens(cache: Any) -> int:
     return 0 if storage is None else int(storage.codes.tokens)
 
 
-def by_sealing(times: list[float], packed: list[int]) -> Rows:
-    """Milliseconds from each moment to the next: of all, and of those in which nothing was packed; and how much packing
-    adds, in the mean of all, to the median of the latter.
+def by_sealing(turns: list[Turn]) -> Rows:
+    """Milliseconds of a step: the median, the mean, the medians of each turn and of steps in which nothing was packed,
+    and what packing adds to the last, in the mean.
 
-    packed: codes held at each moment. A step is built while the one before runs, so that packing is felt in the
-    interval in which it appears and in the two that follow.
+    A step is built while the one before runs: packing is felt in the interval in which it appears and in two more, of
+    the next turn, too; and a turn's first IDLE intervals are in no median. The mean and packing are of all intervals,
+    so that no seal is lost; what the GPU ends between two turns, a step at most, is in neither.
     """
-    spans = (np.diff(times) * 1e3).tolist()
-    new = [b > a for a, b in itertools.pairwise(packed)]
-    felt = [any(new[max(i - 2, 0) : i + 1]) for i in range(len(spans))]
-    plain = statistics.median([s for s, f in zip(spans, felt, strict=True) if not f] or spans)
-    more = sum(s - plain for s, f in zip(spans, felt, strict=True) if f) / len(spans)
-    told = {"median_ms": statistics.median(spans), "mean_ms": statistics.fmean(spans), "seals": sum(new)}
-    return told | {"plain_median_ms": plain, "packing_ms": more}
+    spans = [np.diff([moment for moment, _ in turn]) * 1e3 for turn in turns]
+    new = np.concatenate([np.diff([codes for _, codes in turn]) > 0 for turn in turns])
+    felt = np.convolve(new, np.ones(3))[: len(new)] > 0
+    steps, kept = np.concatenate(spans), np.concatenate([np.arange(len(s)) >= IDLE for s in spans])
+    plain = float(np.median(steps[kept & ~felt]))
+    return {
+        "median_ms": float(np.median(steps[kept])), "mean_ms": float(steps.mean()), "seals": int(new.sum()),
+        "plain_median_ms": plain, "packing_ms": float((steps - plain)[felt].sum() / len(steps)),
+        "turns_ms": [float(np.median(s[IDLE:])) for s in spans],
+    }  # fmt: skip
 
 
-def decode(model: Any, caches: list[Any], batch: int, count: int, before: int) -> Rows:
-    """Times of `count` decode steps after some to warm up; and the peak of the first of them, and of all, beyond the
-    caches' nbytes and the bytes that were held `before` the caches."""
-    times, packed, above = [], [], {}
-    for i, _ in enumerate(decoding(model, caches, batch, WARM + count + 1)):
-        if i >= WARM:
-            times.append(time.perf_counter())
-            packed.append(packed_tokens(caches[0]))
-        if i == WARM:
-            mx.reset_peak_memory()
-        for name, end in (("steady_peak_above_nbytes", min(STEADY, count)), ("peak_above_nbytes", count)):
-            if i == WARM + end:
-                above[name] = mx.get_peak_memory() - before - sum(cache.nbytes for cache in caches)
-    return by_sealing(times, packed) | {"steps": count, "steady_steps": min(STEADY, count)} | above
+class Player:
+    """Filled caches of a kind, and mlx-lm's loop with them, which is kept open while others have their turns."""
+
+    def __init__(self, model: Any, config: Rows, kind: str, plan: Plan | None, tokens: int, batch: int) -> None:
+        before, start = active_bytes(), time.perf_counter()
+        self.caches = empty(kind, plan, config["num_hidden_layers"], batch)
+        # mlx-lm's cache grows by copies of itself, so it gets all at once.
+        fill(self.caches, config, tokens, batch, tokens if plan is None else PIECE)
+        self.seconds, self.held = time.perf_counter() - start, active_bytes() - before
+        self.loop = decoding(model, self.caches, batch)
+        self.turns: list[Turn] = []
+        self.above: list[int] = []
+
+    def turn(self, count: int) -> None:
+        """`count` steps, and their peak beyond its caches' nbytes and what others hold: only its own bytes change."""
+        others = mx.get_active_memory() - self.held
+        mx.reset_peak_memory()
+        self.turns.append([(time.perf_counter(), packed_tokens(self.caches[0]))])
+        for _ in itertools.islice(self.loop, count):
+            self.turns[-1].append((time.perf_counter(), packed_tokens(self.caches[0])))
+        mx.synchronize(generation_stream)  # the step that was built ahead must not run in another's turn
+        self.held = mx.get_active_memory() - others
+        self.above.append(mx.get_peak_memory() - others - sum(cache.nbytes for cache in self.caches))
+
+    def row(self) -> Rows:
+        """Of all turns behind the first, which warmed up; the loop ends, for a step's arrays are not the caches'."""
+        others, above = active_bytes() - self.held, self.above[1:]
+        self.loop.close()
+        return by_sealing(self.turns[1:]) | {
+            "steps": BLOCK * len(above), "steady_steps": BLOCK * len(above[:STEADY]),
+            "steady_peak_above_nbytes": max(above[:STEADY]), "peak_above_nbytes": max(above), "fill_s": self.seconds,
+            "nbytes": sum(cache.nbytes for cache in self.caches), "active_bytes": active_bytes() - others,
+        }  # fmt: skip
 
 
-def building(model: Any, caches: list[Any], batch: int, count: int = 8) -> Rows:
+def building(model: Any, caches: list[Any], batch: int) -> tuple[float, float]:
     """Milliseconds of Python for the graph of one step, and of MLX for sending it to the GPU: where the two together
     are as long as a step, the CPU is what is timed."""
-    built, sent, token = [], [], mx.array([[5]] * batch)
-    for _ in range(count):
-        start = time.perf_counter()
-        logits = model(token, cache=caches)
-        built.append((time.perf_counter() - start) * 1e3)
-        mx.async_eval(logits)  # type: ignore[no-untyped-call]
-        sent.append((time.perf_counter() - start) * 1e3 - built[-1])
-        mx.eval(logits, [c.state for c in caches])
-    return {"build_ms": statistics.median(built), "send_ms": statistics.median(sent)}
+    token, start = mx.array([[5]] * batch), time.perf_counter()
+    logits = model(token, cache=caches)
+    built = time.perf_counter()
+    mx.async_eval(logits)  # type: ignore[no-untyped-call]
+    sent = time.perf_counter()
+    mx.eval(logits, [c.state for c in caches])
+    return (built - start) * 1e3, (sent - built) * 1e3
 
 
 def appending(caches: list[Any], config: dict[str, Any], batch: int, count: int) -> Rows:
     """Times of appending, and packing, a token to every layer without a model: Python and one wait a step included."""
     shape = (batch, config["num_key_value_heads"], 1, config["head_dim"])
     keys, values = (mx.random.normal(shape, mx.bfloat16) for _ in range(2))
-    times, packed = [], []
+    turn: Turn = []
     for i in range(WARM + count + 1):
         for cache in caches:
             cache.update_and_fetch(keys, values)
         mx.eval([cache.state for cache in caches])
         if i >= WARM:
-            times.append(time.perf_counter())
-            packed.append(packed_tokens(caches[0]))
-    return by_sealing(times, packed)
+            turn.append((time.perf_counter(), packed_tokens(caches[0])))
+    return by_sealing([turn])
 
 
-def decode_kind(
-    model: Any, config: dict[str, Any], kind: str, plan: Plan | None, tokens: int, batch: int, count: int
-) -> Rows:
-    """One row: caches of a kind filled to `tokens`, decode steps with the model, then appends without it."""
-    before = active_bytes()
-    caches = empty(kind, plan, config["num_hidden_layers"], batch)
-    start = time.perf_counter()
-    # mlx-lm's cache grows by copies of itself, so it gets all at once.
-    fill(caches, config, tokens, batch, tokens if plan is None else PIECE)
-    filling = time.perf_counter() - start
-    row = decode(model, caches, batch, count, before)
-    row |= {"fill_s": filling, "nbytes": sum(c.nbytes for c in caches), "active_bytes": active_bytes() - before}
-    row |= building(model, caches, batch)
-    packing = appending(caches, config, batch, count)
-    return row | {"append_ms": packing["plain_median_ms"], "pack_alone_ms": packing["packing_ms"]}
+def decode_kinds(
+    model: Any, config: dict[str, Any], kinds: dict[str, Plan | None], tokens: int, batch: int, rounds: int
+) -> dict[str, Rows]:
+    """A row of each kind: caches filled to `tokens`, decode steps by turns, then appends without the model."""
+    players = {kind: Player(model, config, kind, plan, tokens, batch) for kind, plan in kinds.items()}
+    for count in [WARM] + [BLOCK] * rounds:
+        for player in players.values():
+            player.turn(count)
+    rows = {kind: player.row() | {"turns_with": [k for k in kinds if k != kind]} for kind, player in players.items()}
+    steps_by_hand = [[building(model, player.caches, batch) for player in players.values()] for _ in range(8)]
+    for (kind, player), (build, send) in zip(players.items(), np.median(steps_by_hand, axis=0).tolist(), strict=True):
+        packing = appending(player.caches, config, batch, rounds * BLOCK)
+        rows[kind] |= {"build_ms": build, "send_ms": send}
+        rows[kind] |= {"append_ms": packing["plain_median_ms"], "pack_alone_ms": packing["packing_ms"]}
+    return rows
 
 
 def prompt(model: Any, caches: list[Any], tokens: int, piece: int) -> list[float]:
@@ -260,12 +283,12 @@ def measure_all(args: argparse.Namespace, results: measure.Results, config: dict
 
     def decode_cells(weights: str, shapes: str) -> None:
         for tokens, batch in (map(int, shape.split("x")) for shape in shapes.split(",") if shape):
-            own = ("KVCache",) if batch == 1 else ("BatchKVCache", "KVCache without padding")
-            kinds = dict.fromkeys(own) | spectral
+            alone: dict[str, Plan | None] = {} if batch == 1 else {"BatchKVCache": None}
+            by_turns = {"KVCache" if batch == 1 else "KVCache without padding": None} | spectral
             results.cell(
                 f"decode {weights} {tokens}x{batch}",
-                kinds,
-                lambda kind, plan, t=tokens, b=batch: decode_kind(model, config, kind, plan, t, b, args.steps),
+                {", ".join(kinds): kinds for kinds in (alone, by_turns) if kinds},
+                lambda _, kinds, t=tokens, b=batch: decode_kinds(model, config, kinds, t, b, args.rounds),
             )
 
     decode_cells("bf16", args.decode)
@@ -273,7 +296,7 @@ def measure_all(args: argparse.Namespace, results: measure.Results, config: dict
         results.cell(
             f"prefill bf16 {tokens}",
             {"KVCache": None} | spectral,
-            lambda kind, plan, t=tokens: prefill_kind(model, config, kind, plan, t),
+            lambda kind, plan, t=tokens: {kind: prefill_kind(model, config, kind, plan, t)},
         )
     if args.four_bit:
         try:
@@ -297,15 +320,15 @@ def main() -> None:
     parser.add_argument("--prefill", default="32768", help="tokens of prompts; empty for none")
     parser.add_argument("--bits", default="2", help="budgets of the spectral caches")
     parser.add_argument("--layers", type=int, default=LLAMA_8B["num_hidden_layers"])
-    parser.add_argument("--steps", type=int, default=STEPS, help="decode steps that count")
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"turns of each cache, of {BLOCK} decode steps")
     parser.add_argument("--small", action="store_true", help="a small shape, to try this script on a CPU")
     parser.add_argument("--again", action="store_true", help="measure what was measured before, too")
     parser.add_argument("--out", type=pathlib.Path, default=measure.RESULTS / "speed.json")
     args = parser.parse_args()
     args.bits = [float(b) for b in args.bits.split(",")]
     config = (SMALL if args.small else LLAMA_8B) | {"num_hidden_layers": args.layers}
-    shape = "small" if args.small else "Llama-3.1-8B"
-    results = measure.Results(args.out, {"shape": shape, "layers": args.layers, "bits": args.bits, "steps": args.steps})
+    settings = {"layers": args.layers, "bits": args.bits, "steps": args.rounds * BLOCK}
+    results = measure.Results(args.out, {"shape": "small" if args.small else "Llama-3.1-8B"} | settings)
     if args.again:
         results.cells = {}
     with intercept.dispatching():

@@ -1,5 +1,6 @@
 """What the benchmarks of whole steps and long runs count must be what they say; shapes as small as a CPU likes."""
 
+import itertools
 import json
 import os
 import subprocess
@@ -82,18 +83,68 @@ def test_a_step_is_a_token_of_every_row(small, plan, kind, coded, batch, made):
     caches = filled(kind, plan if coded else None, batch)
     assert [type(c) for c in caches] == [made] * 2
     with intercept.dispatching():
-        seen = [np.array(caches[0].offset).max() for _ in speed.decoding(small, caches, batch, 6)]
+        loop = itertools.islice(speed.decoding(small, caches, batch), 6)
+        seen = [np.array(caches[0].offset).max() for _ in loop]
     assert seen == [TOKENS + n for n in range(2, 8)]
 
 
+def turn(*spans, sealed=()):
+    """Of these intervals, in milliseconds, those in which codes of another block appear."""
+    codes = itertools.accumulate((BLOCK * (i in sealed) for i in range(len(spans))), initial=BLOCK)
+    return list(zip(np.cumsum([0, *spans]) / 1e3, codes, strict=True))
+
+
 def test_a_seal_is_felt_where_it_appears_and_in_the_two_intervals_behind():
-    times = np.cumsum([0, 1, 1, 9, 5, 3, 1, 1, 1]) / 1e3
-    packed = [64, 64, 64, 128, 128, 128, 128, 128, 128]
-    told = speed.by_sealing(times.tolist(), packed)
+    told = speed.by_sealing([turn(1, 1, 9, 5, 3, 1, 1, 1, sealed=[2])])
     assert told["seals"] == 1
     assert told["plain_median_ms"] == pytest.approx(1.0)
     assert told["packing_ms"] == pytest.approx((8 + 4 + 2) / 8)
     assert told["mean_ms"] == pytest.approx(22 / 8)
+
+
+def test_a_turns_first_intervals_are_in_no_median_and_no_seal_is_lost():
+    """One at a turn's end is felt in the next turn's first intervals."""
+    turns = turn(8, 8, 2, 2, 2, 7, sealed=[5]), turn(8, 8, 3, 3, 4, 5), turn(9, 9, 6, 6, 6, sealed=[0])
+    told = speed.by_sealing(list(turns))
+    assert told["seals"] == 2
+    assert told["turns_ms"] == pytest.approx([2.0, 3.5, 6.0])
+    assert told["median_ms"] == pytest.approx(4.0)  # of 2, 2, 2, 7, 3, 3, 4, 5, 6, 6, 6
+    assert told["plain_median_ms"] == pytest.approx(3.0)  # without the 7 and a 6
+    assert told["packing_ms"] == pytest.approx((4 + 5 + 5 + 6 + 6 + 3) / 17)
+    assert told["mean_ms"] == pytest.approx(96 / 17)
+
+
+def test_kinds_take_turns(small, plan, monkeypatch):
+    def turn(player, count):
+        calls.append((type(player.caches[0]), count))
+        took_turn(player, count)
+
+    def building(model, caches, batch):
+        calls.append((type(caches[0]), "by hand"))
+        return len(calls), 1.0
+
+    calls, took_turn = [], speed.Player.turn
+    monkeypatch.setattr(speed, "WARM", 3)
+    monkeypatch.setattr(speed.Player, "turn", turn)
+    monkeypatch.setattr(speed, "building", building)
+    with intercept.dispatching():
+        rows = speed.decode_kinds(small, CONFIG, {"KVCache": None, "spectral 2": plan}, 64, 1, 2)
+    assert calls == [(c, n) for n in (3, BLOCK, BLOCK, *["by hand"] * 8) for c in (KVCache, SpectralKVCache)]
+    own, row = rows.values()
+    assert (own["turns_with"], row["turns_with"]) == (["spectral 2"], ["KVCache"])
+    assert (own["build_ms"], row["build_ms"]) == (14, 15)  # medians of 7, 9, ... and of 8, 10, ...
+    assert (len(row["turns_ms"]), row["steps"]) == (2, 2 * BLOCK)
+
+
+def test_packing_is_far_from_a_turns_ends(small, plan):
+    """Where contexts are of whole blocks, as those that are measured."""
+    with intercept.dispatching():
+        player = speed.Player(small, CONFIG, "spectral 2", plan, 4 * BLOCK, 1)
+        player.turn(speed.WARM)
+        player.turn(BLOCK)
+    assert len(player.turns[1]) == BLOCK + 1
+    (sealed,) = np.flatnonzero(np.diff([codes for _, codes in player.turns[1]]))
+    assert speed.IDLE <= sealed <= BLOCK - 3
 
 
 # Of a process of its own: what earlier tests left is given back at any time, and would be missed in the bytes.
@@ -102,36 +153,38 @@ import json, mlx.core as mx, speed, test_speed_benchmarks as tests
 mx.set_cache_limit(0)
 speed.WARM = 8
 model, plan = tests.random_model(tests.CONFIG)[0], speed.random_plan(tests.CONFIG, 2.0)
+kinds = {"spectral 2": plan, "KVCache": None}
 with tests.intercept.dispatching():
-    for kind, own in (("spectral 2", plan), ("KVCache", None)):
-        print(json.dumps(CALL))
+    print(json.dumps(CALL))
 """
 
 
 def apart(call):
-    """What a spectral cache gives, and mlx-lm's."""
+    """The rows that a call gives of a spectral cache, and of mlx-lm's."""
     environment, code = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}, APART.replace("CALL", call)
     told = subprocess.run(
         [sys.executable, "-c", code], env=environment, check=True, capture_output=True, text=True, timeout=300
     )
-    return map(json.loads, told.stdout.splitlines())
+    return json.loads(told.stdout).values()
 
 
 def test_decode_steps_seal_once_a_block_and_hold_what_they_say():
-    row, own = apart("speed.decode_kind(model, tests.CONFIG, kind, own, tests.TOKENS, 1, 2 * tests.BLOCK)")
+    row, own = apart("speed.decode_kinds(model, tests.CONFIG, kinds, 508, 1, 2)")
     assert row["seals"] == 2
     assert own["seals"] == 0
     for told in (row, own):
         assert told["active_bytes"] == pytest.approx(told["nbytes"], rel=0.01)
         assert 0 < told["plain_median_ms"] <= 2 * told["median_ms"]
         assert min(told["append_ms"], told["build_ms"], told["send_ms"]) > 0
-        assert told["peak_above_nbytes"] >= 0
-    assert own["nbytes"] == 2 * 2 * 2 * 64 * 2 * 512  # layers, parts, heads, dims, bytes, room for 276 + 138 tokens
+        assert told["peak_above_nbytes"] >= told["steady_peak_above_nbytes"] >= 0
+    assert own["peak_above_nbytes"] < 1e5 < row["nbytes"]  # what others hold is not its own
+    assert own["nbytes"] == 2 * 2 * 2 * 64 * 2 * 768  # layers, parts, heads, dims, bytes, room for 508 + 138 tokens
     assert row["nbytes"] < own["nbytes"]
 
 
 def test_a_prompt_is_read_in_pieces_and_held_as_nbytes_and_codec():
-    row, own = apart("speed.prefill_kind(model, tests.CONFIG, kind, own, 300, piece=128)")
+    prefill = "speed.prefill_kind(model, tests.CONFIG, kind, own, 300, piece=128)"
+    row, own = apart(f"{{kind: {prefill} for kind, own in kinds.items()}}")
     for told in (row, own):
         assert len(told["ends_s"]) == 3
         assert told["seconds"] == told["ends_s"][-1] > told["ends_s"][0] > 0
@@ -142,25 +195,25 @@ def test_a_prompt_is_read_in_pieces_and_held_as_nbytes_and_codec():
 
 
 def test_finished_cells_are_kept_and_failed_ones_run_again(tmp_path):
-    def run(kind, _):
-        calls.append(kind)
-        if kind == "b" and len(calls) == 2:
+    def run(part, kinds):
+        calls.append(part)
+        if part == "b" and len(calls) == 2:
             raise RuntimeError("no such kernel\nsecond line")
-        return {"median_ms": 1.0}
+        return {kind: {"median_ms": 1.0} for kind in kinds}
 
     file, calls = tmp_path / "speed.json", []
-    measure.Results(file, {"layers": 2}).cell("x", {"a": None, "b": None, "c": None}, run)
-    kept = json.loads(file.read_text())
-    assert kept["cells"] == {"x": {"a": {"median_ms": 1.0}, "error": "b: no such kernel", "c": {"median_ms": 1.0}}}
-    measure.Results(file, {"layers": 2}).cell("x", {"b": None}, run)
-    measure.Results(file, {"layers": 2}).cell("x", {"b": None}, run)
-    assert calls == ["a", "b", "c", "b"]
+    measure.Results(file, {"layers": 2}).cell("x", {"a": ["a"], "b": ["b"], "c, d": ["c", "d"]}, run)
+    kept, row = json.loads(file.read_text()), {"median_ms": 1.0}
+    assert kept["cells"] == {"x": {"a": row, "error": "b: no such kernel", "c": row, "d": row}}
+    measure.Results(file, {"layers": 2}).cell("x", {"b": ["b"]}, run)
+    measure.Results(file, {"layers": 2}).cell("x", {"b": ["b"]}, run)
+    assert calls == ["a", "b", "c, d", "b"]
     assert measure.Results(file, {"layers": 3}).cells == {}
 
 
 def test_the_command_measures_all_once(tmp_path, monkeypatch, capsys):
     file = tmp_path / "speed.json"
-    options = "--small --layers 1 --steps 64 --decode 300x1,300x2 --four-bit 300x1 --prefill 300"
+    options = "--small --layers 1 --rounds 1 --decode 300x1,300x2 --four-bit 300x1 --prefill 300"
     monkeypatch.setattr(sys, "argv", ["speed.py", *options.split(), "--out", str(file)])
     speed.main()
     first = file.read_bytes()
@@ -170,6 +223,9 @@ def test_the_command_measures_all_once(tmp_path, monkeypatch, capsys):
         ["KVCache", "spectral 2"], ["BatchKVCache", "KVCache without padding", "spectral 2"],
         ["KVCache", "spectral 2"], ["KVCache", "spectral 2"],
     ]  # fmt: skip
+    beside = {kind: row["turns_with"] for kind, row in cells["decode bf16 300x2"].items()}
+    assert beside["BatchKVCache"] == []
+    assert beside["spectral 2"] == ["KVCache without padding"]
     capsys.readouterr()
     speed.main()
     assert capsys.readouterr().out.count("measured before") == 4
@@ -229,6 +285,17 @@ def test_steps_are_held_against_the_fastest_of_mlx_lms_caches():
         row == "| 512, 8, bf16 | spectral 2 | 2.00 GB | 4.50 ms | 2.00 | 1.0 ms | 0.25 ms (5.6%) | 0.50 ms | 0.10 GB |"
     )
     assert "| 512, 8, bf16 | BatchKVCache | 2.00 GB | 12.00 ms |  | 1.0 ms |  | 0.50 ms | 0.10 GB |" in table
+
+
+def test_caches_that_took_turns_are_held_against_each_other_round_by_round():
+    own = {"BatchKVCache": step(12.0), "KVCache without padding": step(9.0, turns_ms=[10.0, 8.0, 9.0])}
+    ours = step(9.0, turns_ms=[5.0, 16.0, 3.0], turns_with=["KVCache without padding"])
+    table = speed_tables.speed(measured(decode_bf16_512x8=own | {"spectral 2": ours}))
+    assert "256 steps by turns (BatchKVCache alone), times as fast: median of the rounds:" in table
+    assert "| spectral 2 | 2.00 GB | 9.00 ms | 2.00 |" in table
+    alone = {"BatchKVCache": step(4.5, turns_ms=[1.0, 1.0, 1.0])}
+    table = speed_tables.speed(measured(decode_bf16_512x8=alone | {"spectral 2": ours}))
+    assert "| spectral 2 | 2.00 GB | 9.00 ms | 0.50 |" in table
 
 
 def test_an_earlier_run_tells_how_much_steps_differ():
