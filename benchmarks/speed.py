@@ -80,14 +80,17 @@ def _copied(layer: LayerQuantizers) -> LayerQuantizers:
     return LayerQuantizers(*twins)
 
 
-def empty(kind: str, plan: Plan | None, layers: int, batch: int) -> list[Any]:
-    """Caches of a kind: spectral ones where there is a plan; of mlx-lm's own for a batch, those of its server, which
-    mask padding, or "KVCache without padding"."""
-    if plan is not None and batch == 1:
-        return [SpectralKVCache(plan, i) for i in range(layers)]
-    if plan is not None:
-        return [BatchSpectralKVCache([0] * batch, plan, i) for i in range(layers)]
-    return [BatchKVCache([0] * batch) if kind == "BatchKVCache" else KVCache() for _ in range(layers)]
+def empty(kind: str, plan: Plan | None, model: Any, batch: int) -> list[Any]:
+    """Caches of a kind for the model: spectral ones where there is a plan; of mlx-lm's own for a batch, those of its
+    server, which mask padding, or "KVCache without padding"."""
+    layers = range(len(model.layers))
+    if plan is None:
+        return [BatchKVCache([0] * batch) if kind == "BatchKVCache" else KVCache() for _ in layers]
+    caches = [SpectralKVCache(plan, i) if batch == 1 else BatchSpectralKVCache([0] * batch, plan, i) for i in layers]
+    bare = intercept.attends_only(model, layers)  # as make_prompt_cache finds out
+    for cache in caches:
+        cache.bare_handles = bare
+    return caches
 
 
 def fill(caches: list[Any], config: dict[str, Any], tokens: int, batch: int, piece: int) -> None:
@@ -152,7 +155,7 @@ class Player:
 
     def __init__(self, model: Any, config: Rows, kind: str, plan: Plan | None, tokens: int, batch: int) -> None:
         before, start = active_bytes(), time.perf_counter()
-        self.caches = empty(kind, plan, config["num_hidden_layers"], batch)
+        self.caches = empty(kind, plan, model, batch)
         # mlx-lm's cache grows by copies of itself, so it gets all at once.
         fill(self.caches, config, tokens, batch, tokens if plan is None else PIECE)
         self.seconds, self.held = time.perf_counter() - start, active_bytes() - before
@@ -247,9 +250,9 @@ def prefill_kind(
     model: Any, config: dict[str, Any], kind: str, plan: Plan | None, tokens: int, piece: int = PIECE
 ) -> Rows:
     """One row: a prompt of `tokens` read after a shorter one; the peak, and what is held at its end."""
-    prompt(model, empty(kind, plan, config["num_hidden_layers"], 1), min(2 * piece, tokens), piece)
+    prompt(model, empty(kind, plan, model, 1), min(2 * piece, tokens), piece)
     before = active_bytes()
-    caches = empty(kind, plan, config["num_hidden_layers"], 1)
+    caches = empty(kind, plan, model, 1)
     mx.reset_peak_memory()
     ends = prompt(model, caches, tokens, piece)
     peak = mx.get_peak_memory()

@@ -44,7 +44,7 @@ def exact_buffers():
 
 
 def filled(kind, plan, batch=1, tokens=TOKENS):
-    caches = speed.empty(kind, plan, 2, batch)
+    caches = speed.empty(kind, plan, random_model(CONFIG)[0], batch)
     speed.fill(caches, CONFIG, tokens, batch, 100)
     return caches
 
@@ -82,6 +82,7 @@ def test_a_step_is_a_token_of_every_row(small, plan, kind, coded, batch, made):
     """The loop runs one step ahead, and needs none of them to be read."""
     caches = filled(kind, plan if coded else None, batch)
     assert [type(c) for c in caches] == [made] * 2
+    assert [getattr(c, "bare_handles", None) for c in caches] == [coded or None] * 2
     with intercept.dispatching():
         loop = itertools.islice(speed.decoding(small, caches, batch), 6)
         seen = [np.array(caches[0].offset).max() for _ in loop]
