@@ -185,24 +185,25 @@ def test_layouts_with_too_many_columns_go_another_way():
 @pytest.mark.parametrize(
     ("planes", "packed", "exact", "expected"),
     [
-        (8, 131072, 4, (1, 32, 128)),  # one group of exact tokens for each head, or there were too many
-        (8, 32768, 4, (2, 31, 34)),
-        (8, 8192, 4, (4, 26, 10)),  # all of them, which take as long as a tile
-        (64, 32768, 4, (4, 4, 256)),  # as many as there are, after the others
-        (8, 131072, 0, (0, 33, 125)),
-        (400, 1000, 4, (4, 1, 32)),
+        (8, 131072, 4, (1, 32, 126, 64, 33)),  # that of exact tokens takes fewer of the packed ones
+        (8, 32768, 4, (2, 31, 33, 1, 32)),
+        (8, 8192, 4, (4, 26, 10, 0, 26)),  # all of them, which take as long as a tile
+        (64, 32768, 4, (1, 3, 266, 226, 4)),
+        (8, 131072, 0, (0, 33, 125, 0, 33)),
+        (400, 1000, 4, (4, 1, 32, 0, 1)),  # as many as there are, after the others
     ],
 )
 def test_groups_fill_the_machine(planes, packed, exact, expected):
-    """Two on each multiprocessor where there are tokens enough; those of exact tokens take no room from others."""
+    """Two on each multiprocessor where there are tokens enough, all of them ready at once."""
     program = columns.Program(160, 120, 10, 2)
     shape = steps.Shape("cuda", mx.float16, planes // 4, 4, 4, 1, 128, 128, program, None)
     rows = doctor.rows_of((0,) * (planes // 4), (0,) * (planes // 4), 64 * exact, (packed,) * (planes // 4))
     plan, params = steps._numbers(shape, rows, 256, ((packed, packed),), (0, 0, 0, 0, 0), False)
-    numbers, (exact_groups, splits, each) = np.array(params), expected
-    assert numbers[[16, 5, 8]].tolist() == [*expected]
-    assert (plan.splits, plan.groups, numbers[4]) == (exact + splits, exact_groups + splits, exact)
-    assert (splits - 1) * each < -(-packed // columns.TOKENS) <= splits * each
+    numbers, (exact_groups, alone, each, besides, splits) = np.array(params), expected
+    assert numbers[[16, 17, 8, 18, 5]].tolist() == [*expected]
+    assert (plan.splits, plan.groups, numbers[4]) == (exact + splits, alone + exact_groups, exact)
+    whole = alone * each + (splits - alone) * besides
+    assert whole - (besides or each) < -(-packed // columns.TOKENS) <= whole
 
 
 def test_rings_that_fill_words_lie_behind_all_that_is_multiplied_with_a_tile():

@@ -127,11 +127,20 @@ def _planned_anew():
 
 
 @pytest.mark.usefixtures("_planned_anew")
+@pytest.mark.parametrize("besides", [0, 1, 3])
 @pytest.mark.parametrize("mask", ["none", "added"])
-def test_a_group_may_take_several_splits_of_exact_tokens(mask, monkeypatch):
-    monkeypatch.setattr(
-        steps, "_split", lambda exact, fewest, tiles, *_: steps.Split(2 if fewest == 1 else exact, 1, tiles)
-    )
+def test_a_group_may_take_several_splits(mask, besides, monkeypatch):
+    """Two groups those of exact tokens in turn, and of packed ones 1 and 1 tile, 3 and 2, or none, as is left by three
+    alone."""
+
+    def split(exact, in_turn, tiles, *_):
+        if not in_turn:
+            return steps.Split(exact, 1, tiles, 0)
+        alone = 3 if besides else 1
+        left = {0: 0, 1: 2, 3: 5}[besides]
+        return steps.Split(2, alone, -(-(tiles - left) // alone), besides)
+
+    monkeypatch.setattr(steps, "_split", split)
     case = doctor.Case(96, 64, bits=3.25, batch=2, mask=mask, tokens=600, window=300)
     held = doctor.snapshot(case)
     plan, _ = steps.step(held, mx.zeros((2, 8, 1, 96), mx.float16), 1.0, None, None, PLACE)

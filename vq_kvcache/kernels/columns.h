@@ -358,8 +358,10 @@ VQ_FN void vq_attend_columns_packed(VQ_IN(T) q, VQ_CHUNK_ARGUMENTS, VqRows held,
     key_entry[worker] = table[VQ_COLUMN_ENTRY + (worker / 8 * heads + at.head) * VQ_HEAD_INTS + worker % 8];
   const int total_words = table[VQ_TOTAL_WORDS], count = params[VQ_CHUNKS];
   const bool masked = params[VQ_MASK_KIND] != VQ_NO_MASK;
-  const int first_tile = (at.split - params[VQ_EXACT_SPLITS]) * params[VQ_TILES_PER_SPLIT];
-  int last_tile = first_tile + params[VQ_TILES_PER_SPLIT], i = first_tile + at.warp;
+  const int each = params[VQ_TILES_PER_SPLIT], behind = at.split - params[VQ_EXACT_SPLITS] - params[VQ_ALONE_GROUPS];
+  const int own_tiles = behind < 0 ? each : params[VQ_TILES_BESIDES];
+  const int first_tile = params[VQ_ALONE_GROUPS] * each + behind * own_tiles;
+  int last_tile = first_tile + own_tiles, i = first_tile + at.warp;
   if (last_tile > params[VQ_TILES]) last_tile = params[VQ_TILES];
   i = vq_uniform(i), last_tile = vq_uniform(last_tile);
   if (worker < 16) chunks[worker] = worker < 2 * count ? params[VQ_CHUNK_TABLE + worker] : 0;
@@ -450,27 +452,28 @@ VQ_FN void vq_attend_columns_packed(VQ_IN(T) q, VQ_CHUNK_ARGUMENTS, VqRows held,
   vq_gather_columns<MC>(running, shared, table, params, sums, outputs, warps, at, WARPS);
 }
 
-// One thread group: y head (of packed tokens, whose turn it is) and batch row, z eight queries of a group of query heads; x of them the first take a split of
-// packed tokens each, and the last few the splits of exact tokens in turn, which are short.
+// One thread group: y head (of packed tokens, whose turn it is) and batch row, z eight queries of a group of query heads.
+// x: each takes a split of packed tokens, and the last few before it the splits of exact tokens, which are short, in turn.
 template <typename T, int DK, int DV, int MC, int ROW, int WARPS>
 VQ_FN void vq_attend_columns(VQ_IN(T) q, VQ_IN(T) keys, VQ_IN(T) values, VQ_CHUNK_ARGUMENTS, VQ_IN(int) rows,
                              VQ_IN(uint) fold, VQ_IN(float) mean, VQ_IN(int) table, VQ_IN(int) lookup,
                              VQ_IN(int) params, VQ_IN(float) scale, VQ_IN(unsigned char) hidden, VQ_IN(float) added,
                              VQ_OUT(float) sums, VQ_OUT(float) outputs, VQ_SHARED(float) shared, int x, int y, int z,
                              int worker) {
-  const int packed = params[VQ_PACKED_SPLITS], exact = params[VQ_EXACT_SPLITS];
+  const int exact = params[VQ_EXACT_SPLITS], alone = params[VQ_ALONE_GROUPS];
   VqPlace at = vq_place<VQ_QUERIES>(params, x, y, z, worker);
   at.lane = vq_held_lane(at.lane), at.warp = vq_uniform(at.warp);
   const VqRows held = vq_rows(rows, at.batch);
-  if (x < packed) {
-    at.split += exact;
-    vq_attend_columns_packed<T, DK, MC, ROW, WARPS>(q, VQ_CHUNK_NAMES, held, fold, mean, table, lookup, params, scale[0],
-                                                    hidden, added, sums, outputs, shared, at);
-  } else {
+  if (x >= alone) {
     VQ_LOOP
-    for (at.split -= packed; at.split < exact; at.split += params[VQ_EXACT_GROUPS]) {
+    for (at.split = x - alone; at.split < exact; at.split += params[VQ_EXACT_GROUPS]) {
       vq_attend_exact<T, DK, DV, VQ_QUERIES>(q, keys, values, held, params, table[VQ_OUTPUT_WIDTH], scale[0], hidden,
                                              added, sums, outputs, shared, at, WARPS * 32);
     }
+    if (x >= params[VQ_PACKED_SPLITS]) return;
+    VQ_SYNC_GROUP();
   }
+  at.split = exact + x;
+  vq_attend_columns_packed<T, DK, MC, ROW, WARPS>(q, VQ_CHUNK_NAMES, held, fold, mean, table, lookup, params, scale[0],
+                                                  hidden, added, sums, outputs, shared, at);
 }

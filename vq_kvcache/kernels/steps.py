@@ -133,28 +133,48 @@ def _reader(
 
 
 class Split(NamedTuple):
-    """How the thread groups of a plane and eight queries share tokens: exact_groups take the splits of exact tokens in
-    turn, `splits` others those of packed ones, of `each` tiles."""
+    """How the thread groups of a plane and its queries share tokens: `alone` of them take a split of `each` tiles of
+    packed tokens; exact_groups take the splits of exact tokens in turn, and then one of `besides` tiles each."""
 
     exact_groups: int
-    splits: int
+    alone: int
     each: int
+    besides: int
+
+    @property
+    def groups(self) -> int:
+        """All of them."""
+        return self.alone + self.exact_groups
+
+    def packed(self, tiles: int) -> int:
+        """Splits of packed tokens, of which none is empty."""
+        rest = tiles - self.alone * self.each
+        return self.alone + (-(-rest // self.besides) if self.besides and rest > 0 else 0)
 
 
-def _split(exact: int, fewest: int, tiles: int, warps: int, room: int, most: int) -> Split:
-    """fewest: of groups for exact tokens. warps: tiles that a group works on at once, in a round, about as long as a
-    split of exact tokens takes it; room: groups that run at once; most: splits of packed tokens that have something to
-    do."""
+def _split(exact: int, in_turn: bool, tiles: int, warps: int, room: int, most: int) -> Split:
+    """in_turn: whether a group may take more than one split. warps: tiles that a group works on at once, in a round,
+    about as long as a split of exact tokens takes it; room: groups that run at once; most: splits of packed tokens that
+    have something to do."""
 
-    def shared(exact_groups: int, splits: int, rounds: float, waiting: int) -> tuple[float, int, Split]:
-        each = -(-tiles // splits)
-        splits = -(-tiles // each)
-        took = max(each / warps, 1.0, rounds) + waiting
-        return took, exact_groups + splits, Split(exact_groups, splits, each)
+    def apart(exact_groups: int, groups: int, rounds: int, waiting: int) -> tuple[float, int, Split]:
+        each = -(-tiles // groups)
+        split = Split(exact_groups, -(-tiles // each), each, 0)
+        return max(each / warps, 1.0, rounds) + waiting, split.groups, split
 
-    tried = [shared(exact, max(min(room, most), 1), 0.0, int(exact > 0))]  # some groups wait for others
-    for groups in range(max(fewest, 1), min(exact, room - 1) + 1):
-        tried.append(shared(groups, min(room - groups, most), -(-exact // groups), 0))
+    tried = [apart(exact, max(min(room, most), 1), 0, int(exact > 0))]  # some groups wait for others
+    for exact_groups in range(1 if in_turn else max(exact, 1), min(exact, room - 1) + 1):
+        rounds = -(-exact // exact_groups)
+        tried.append(apart(exact_groups, min(room - exact_groups, most), rounds, 0))
+        alone = min(room, most) - exact_groups
+        if not in_turn or alone < 1:
+            continue
+        # So much for the others that all are ready at once.
+        each = -(-(tiles + exact_groups * rounds * warps) // (alone + exact_groups))
+        besides = -(-(tiles - alone * each) // exact_groups)
+        if besides > 0:
+            took = max(each / warps, besides / warps + rounds)
+            tried.append((took, alone + exact_groups, Split(exact_groups, alone, each, besides)))
     return min(tried)[2]
 
 
@@ -170,14 +190,14 @@ def _numbers(
         groups = MULTIPROCESSORS * shape.program.groups
     together = shape.warps if shape.program else 1  # tiles that a group works on at once
     most = max(min(-(-tiles // shape.warps), launches.MOST_SPLITS - exact), 1)
-    fewest = 1 if shape.program else exact
     room = groups // (shape.planes * shape.row_tiles)
-    split = _split(exact, fewest, tiles, together, room, most)
+    split = _split(exact, shape.program is not None, tiles, together, room, most)
+    packed = split.packed(tiles)
     params = (
-        shape.batch, shape.heads, shape.group_queries, shape.length, exact, split.splits, capacity, tiles, split.each,
-        *mask, len(chunks), int(sinks), split.exact_groups, *sum(chunks, ()),
+        shape.batch, shape.heads, shape.group_queries, shape.length, exact, packed, capacity, tiles, split.each, *mask,
+        len(chunks), int(sinks), split.exact_groups, split.alone, split.besides, *sum(chunks, ()),
     )  # fmt: skip
-    return Plan(shape, exact + split.splits, split.exact_groups + split.splits), launches.ints(params)
+    return Plan(shape, exact + packed, split.groups), launches.ints(params)
 
 
 def program_of(
