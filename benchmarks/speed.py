@@ -87,9 +87,9 @@ def empty(kind: str, plan: Plan | None, model: Any, batch: int) -> list[Any]:
     if plan is None:
         return [BatchKVCache([0] * batch) if kind == "BatchKVCache" else KVCache() for _ in layers]
     caches = [SpectralKVCache(plan, i) if batch == 1 else BatchSpectralKVCache([0] * batch, plan, i) for i in layers]
-    bare = intercept.attends_only(model, layers)  # as make_prompt_cache finds out
-    for cache in caches:
-        cache.bare_handles = bare
+    bare = intercept.attended_only(model, layers)  # as make_prompt_cache finds out
+    for i, cache in enumerate(caches):
+        cache.bare_handles = i in bare
     return caches
 
 

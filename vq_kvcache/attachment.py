@@ -20,7 +20,7 @@ from .spectral.codec import (
     fingerprint_of_files,
     stored_path,
 )
-from .spectral.intercept import attends_only
+from .spectral.intercept import attended_only
 
 _calibrating = threading.RLock()  # one thread makes the codec, the others wait for it
 codecs_in_use: dict[str, Codec] = {}  # of the models used in this process, by fingerprint
@@ -38,7 +38,7 @@ class Attachment:
         self.tokenizer, self.options, self._fixed, self._source = tokenizer, options, plan, source
         self._codec: Codec | None = None
         self._whole: str | None = None  # the fingerprint, where this process holds a share
-        self._attends_only: dict[frozenset[int], bool] = {}
+        self._attended_only: dict[frozenset[int], set[int]] = {}
 
     def fingerprint(self, model: Any, share: Share | None) -> str:
         """The whole model's."""
@@ -54,11 +54,11 @@ class Attachment:
             self._whole = fingerprint_of_files(self._source)
         return self._whole
 
-    def attends_only(self, model: Any, only: frozenset[int]) -> bool:
-        """`intercept.attends_only`, found once."""
-        if only not in self._attends_only:
-            self._attends_only[only] = attends_only(model, only)
-        return self._attends_only[only]
+    def attended_only(self, model: Any, packed: frozenset[int]) -> set[int]:
+        """`intercept.attended_only`, found once."""
+        if packed not in self._attended_only:
+            self._attended_only[packed] = attended_only(model, packed)
+        return self._attended_only[packed]
 
     def plan(self, model: Any, options: CacheOptions) -> tuple[Plan, CacheOptions]:
         """The plan for these options, and what they come to; finds or calibrates the codec on first use."""

@@ -69,7 +69,7 @@ class View:
         return keys if part == "keys" else values
 
     def handles(self, bare: bool = False) -> tuple[Any, Any]:
-        """Handles on keys and values, bare ones if there is somebody to take them."""
+        """Handles on keys and values; bare ones only while they are understood."""
         if bare and is_dispatching():
             return BareHandle(self, "keys"), BareHandle(self, "values")
         keys, values = self.decoded()
@@ -103,7 +103,7 @@ class Planned:
     _layer: int
     _window: int
     _sinks: int
-    # Whether single tokens are answered with bare handles, for a model that `attends_only`; None where nobody asked.
+    # Whether single tokens are answered with bare handles, of a cache that is `attended_only`; None where nobody asked.
     bare_handles: bool | None = None
 
     def _set_plan(self, plan: Plan | None, layer: int, window: int, sinks: int) -> None:

@@ -78,17 +78,20 @@ def make_prompt_cache(
     attachment = attachment_of(model) or Attachment(tokenizer, cache, None)
     if attachment.tokenizer is None:
         attachment.tokenizer = tokenizer
-    return _told(_spectral_caches(model, *attachment.plan(model, cache)), model, attachment)
-
-
-def _told(caches: list[Any], model: Any, attachment: Attachment) -> list[Any]:
-    """The caches, which know whether bare handles are enough for the model."""
-    untold = [cache for cache in spectral_caches(caches) if cache.bare_handles is None]
-    if untold:
-        bare = attachment.attends_only(model, frozenset(cache._layer for cache in untold))
-        for cache in untold:
-            cache.bare_handles = bare
+    caches = _spectral_caches(model, *attachment.plan(model, cache))
+    _choose_handles(caches, model, attachment)
     return caches
+
+
+def _choose_handles(caches: Sequence[Any], model: Any, attachment: Attachment) -> None:
+    """Tell the model's own caches which handles are enough for it; those that were told before stay as they are, and a
+    subclass may do with them what it likes."""
+    untold = [c for c in spectral_caches(caches) if type(c) is SpectralKVCache and c.bare_handles is None]
+    if not untold:
+        return
+    bare = attachment.attended_only(model, frozenset(cache._layer for cache in untold))
+    for cache in untold:
+        cache.bare_handles = cache._layer in bare
 
 
 def _spectral_caches(model: Any, plan: Plan, options: CacheOptions) -> list[Any]:
@@ -230,7 +233,8 @@ def _choose_cache(
     if prompt_cache is not None:
         attachment = attachment_of(model) or Attachment(None, CacheOptions(), None)
         _check_fingerprints(model, prompt_cache, attachment)
-        return _told(prompt_cache, model, attachment)
+        _choose_handles(prompt_cache[: len(intercept.plain_caches(model))], model, attachment)  # a draft's are behind
+        return prompt_cache
     if cache is None:
         if attachment_of(model) is None:
             return None

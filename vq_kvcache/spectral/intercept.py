@@ -62,8 +62,8 @@ class Handle(mx.array):
 
 class BareHandle:
     """A handle without an array: all that attention needs. The graph of an array that hardly any model reads takes as
-    long to build as the rest of a layer's step. For models that `attends_only`; were it read all the same, attributes
-    and operators give the array's, and MLX's functions raise TypeError."""
+    long to build as the rest of a layer's step. For caches that are `attended_only`: were it read all the same, its
+    attributes and operators are the array's, but MLX's functions, and products with it on the right, raise."""
 
     __slots__ = ("part", "source")
 
@@ -74,7 +74,19 @@ class BareHandle:
         return self.source.array(self.part)
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self.source.array(self.part), name)
+        return getattr(self.__mlx_array__(), name)
+
+
+def _of_the_array(name: str) -> Callable[..., Any]:
+    def operator(self: BareHandle, *args: Any, **options: Any) -> Any:
+        return getattr(self.__mlx_array__(), name)(*args, **options)
+
+    return operator
+
+
+_COMPARISONS = {"__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__ge__"}
+for _operator in {name for name in dir(mx.array) if name.startswith("__")} - set(dir(object)) | _COMPARISONS:
+    setattr(BareHandle, _operator, _of_the_array(_operator))
 
 
 AnyHandle = Handle | BareHandle
@@ -125,8 +137,8 @@ def disable() -> None:
 
 
 def is_dispatching() -> bool:
-    """Whether MLX's attention is replaced at present, so that bare handles are understood."""
-    return _users > 0
+    """Whether MLX's attention is ours at present, so that bare handles are understood."""
+    return _users > 0 and getattr(mx.fast, _NAME) is _attention
 
 
 @contextlib.contextmanager
@@ -167,6 +179,10 @@ class Recorder:
         self.was_read = True
         array: mx.array = getattr(self, part)
         return array
+
+    def forget(self) -> None:
+        """Drop what passed: handles and their source hold each other, and with them the model's graph."""
+        self._fetched = self.keys = self.values = None
 
     def keys_and_values(self) -> tuple[AnyHandle, AnyHandle]:
         assert self._fetched is not None  # a model asks only after its own update
@@ -301,7 +317,7 @@ def _trace(model: Any) -> tuple[dict[int, Use], set[int]]:
         made.append(Recorder(index, attend, 0, append))
         return made[-1]
 
-    with dispatching():
+    with dispatching(), unchanged(model):
         model(mx.array([[0]]), cache=replace_kv(plain_caches(model), recorder))
     by_state = {r.index for r in made if r.state_was_read}
     left_out = nested_ones - set(kinds) | by_state
@@ -309,29 +325,48 @@ def _trace(model: Any) -> tuple[dict[int, Use], set[int]]:
     return found, by_state
 
 
-def attends_only(model: Any, only: Collection[int]) -> bool:
-    """Whether the model, given one token, hands what its KV caches `only` (by index) return to its attention and does
-    nothing else with it: it can be given bare handles then. One token is traced, nothing computed."""
+def attended_only(model: Any, packed: Collection[int]) -> set[int]:
+    """Those of the KV caches `packed`, by index, with which the model, given one token, does nothing but hand what they
+    return to its attention, keys and values of one: bare handles are enough for it. None where it cannot be told. One
+    token is traced, nothing computed, as long as the model does not ask for numbers itself."""
     made: list[Recorder] = []
 
     def attend(index: int, queries: mx.array, keys: Any, values: Any, original: Attention, **options: Any) -> mx.array:
         source = keys.source
-        source.was_read |= values is not keys and not is_pair(keys, values)
-        attended = source.keys if values is keys else source.values
-        return mx.zeros((*queries.shape[:3], attended.shape[3]), queries.dtype)
+        source.was_read |= not is_pair(keys, values)
+        return mx.zeros((*queries.shape[:3], source.values.shape[3]), queries.dtype)
 
     def recorder(index: int, own: Any, nested: bool) -> Any:
-        if index not in only:
+        if index not in packed:
             return own
         made.append(Recorder(index, attend, 0, None, bare=True))
         return made[-1]
 
     try:
-        with dispatching():
+        with dispatching(), unchanged(model):
             model(mx.array([[0]]), cache=replace_kv(plain_caches(model), recorder))
-    except (TypeError, ValueError, RuntimeError):  # MLX's, of an argument that is no array
-        return False
-    return not any(r.was_read or r.state_was_read for r in made)
+        return {r.index for r in made if not r.was_read and not r.state_was_read}
+    except Exception:  # what MLX raises of an argument that is no array, or the model
+        return set()
+    finally:
+        for r in made:
+            r.forget()
+
+
+@contextlib.contextmanager
+def unchanged(model: Any) -> Iterator[None]:
+    """What the model's modules hold is put back behind this block: some keep what they computed, which was not."""
+    modules: list[Any] = getattr(model, "modules", list)()
+    before = [(held, dict(held)) for module in modules for held in (module, vars(module))]
+    try:
+        yield
+    finally:
+        for held, items in before:  # item by item: another thread may be at work with them
+            for name in set(held) - set(items):
+                held.pop(name, None)
+            for name, value in items.items():
+                if name not in held or held[name] is not value:
+                    held[name] = value
 
 
 def is_pair(keys: Any, values: Any) -> bool:
