@@ -37,13 +37,12 @@ class VqFibers {
   VqFibers(int threads, std::function<void(int)> run) : run_(run), fibers_(threads) {
     current = this;
     if (stacks.size() < fibers_.size() * STACK) stacks.resize(fibers_.size() * STACK);
+    const int warps = (threads + 31) / 32;
+    static bool last_first = false;  // by turns: a group that does not wait where it must is wrong in one of both orders
+    last_first = !last_first;
     for (bool left = true; left;) {
       left = false;
-      for (int i = 0; i < threads; ++i) {
-        Fiber& f = fibers_[i];
-        if (!f.done && !f.waits) resume(i);
-        left |= !f.done;
-      }
+      for (int w = 0; w < warps; ++w) left |= run_warp(32 * (last_first ? warps - 1 - w : w));
       if (!release() && left) fprintf(stderr, "lanes wait for each other\n"), abort();
     }
   }
@@ -110,18 +109,23 @@ class VqFibers {
     }
     return some;
   }
-  bool release() {
-    bool some = false;
-    for (size_t w = 0; w < fibers_.size(); w += 32)
-      if (all_wait(w, w + 32, 1)) {
-        some = true;
-        for (size_t i = w; i < w + 32 && i < fibers_.size(); ++i) fibers_[i].waits = 0;
+  // As far as its lanes get without other warps; whether any of them is left.
+  bool run_warp(size_t first) {
+    const size_t end = std::min(first + 32, fibers_.size());
+    bool left;
+    do {
+      left = false;
+      for (size_t i = first; i < end; ++i) {
+        if (!fibers_[i].done && !fibers_[i].waits) resume(i);
+        left |= !fibers_[i].done;
       }
-    if (!some && all_wait(0, fibers_.size(), 2)) {
-      some = true;
-      for (Fiber& f : fibers_) f.waits = 0;
-    }
-    return some;
+    } while (all_wait(first, end, 1) && free(first, end));
+    return left;
+  }
+  bool release() { return all_wait(0, fibers_.size(), 2) && free(0, fibers_.size()); }
+  bool free(size_t from, size_t until) {
+    for (size_t i = from; i < until; ++i) fibers_[i].waits = 0;
+    return true;
   }
 
   std::function<void(int)> run_;
