@@ -6,7 +6,7 @@ Shape of Llama-3.1-8B (32 query heads, 8 KV heads of 128), random codes, one que
 runs of 60 evaluations, without Python's building of their graphs: while a model decodes, the graph of a step is built
 when the one before runs (speed.py tells how long that takes). Bytes are those of the codes (or of bfloat16 keys and
 values), also as a share of what a copy of 2 GB moves. `attend` is the kernel on the codes alone, `whole` with the
-folding of the queries before it and the merging of its splits.
+merging of its splits.
 """
 
 import argparse

@@ -1,5 +1,6 @@
 """The columns in which the CUDA kernel holds a head's levels, and the tables that tell it of them."""
 
+import copy
 import gc
 import itertools
 import weakref
@@ -153,8 +154,8 @@ def test_looked_up_levels_are_those_of_the_codebooks():
 @pytest.mark.parametrize("size", [1e-6, 1.0, 1e6])
 def test_fragments_are_the_basis_of_the_keys_in_the_order_of_the_columns(size):
     """PTX: of a 16 x 16 factor a lane has rows lane / 4 and eight more, pairs of columns 2 (lane % 4) and more."""
-    keys = doctor.quantizer(64, 2, 2.0, 0)
-    keys.synthesis = keys.synthesis * size
+    keys = copy.copy(doctor.quantizer(64, 2, 2.0, 0))
+    keys.synthesis = keys.synthesis * mx.array([size, 64 * size])[:, None, None]
     made = [columns.head_columns(keys.layout, h) for h in range(2)]
     found = np.array(columns.fragments(keys, made, 112)).view(np.float16).reshape(2, 7, 4, 32, 4, 2)
     assert 2**13 <= np.abs(found).max() < 2**14
@@ -236,15 +237,41 @@ def test_shared_memory_is_shared_out(bits, dims, expected):
     assert warps * groups <= (columns.NARROW_WARPS if most <= columns.NARROW else columns.WIDE_WARPS)
 
 
+def of_widths(*parts):
+    """Quantizers of keys and of values of two heads."""
+    return [
+        SpectralQuantizer.stack(
+            [SpectralQuantizer.from_transform(np.full(64, 0.5), np.eye(64), np.ones(64), np.array(w)) for w in part]
+        )
+        for part in parts
+    ]
+
+
+def test_keys_without_codes_are_attended_by_their_mean(monkeypatch):
+    pair = of_widths([[0] * 64] * 2, [[2] * 64] * 2)
+    monkeypatch.setattr(doctor, "quantizer", lambda dims, heads, bits, seed: pair[seed])
+    case = doctor.Case(heads=2)
+    error, own = doctor.compare(case, "host", lambda launch, place: host_kernels.run(launch))
+    assert error <= doctor.allowed(case, own)
+
+
+@pytest.mark.parametrize(("dtype", "size"), [(mx.bfloat16, 2.0**-40), (mx.bfloat16, 2.0**40), (mx.float16, 2.0**8)])
+def test_queries_may_be_of_any_size(dtype, size):
+    """Also those that half precision, in which they are folded, does not hold."""
+    held = doctor.snapshot(doctor.Case(dtype=dtype))
+    queries = mx.random.normal((1, 8, 1, 64), key=mx.random.key(0)).astype(dtype)
+    queries[:, 3] *= 2.0**-4
+    found = [
+        attend_codes(held, queries * own, 0.125 / own, None, None, "host", lambda launch, _: host_kernels.run(launch))
+        for own in (1.0, size)
+    ]
+    assert mx.isfinite(found[0]).all().item()
+    assert mx.array_equal(*found).item()
+
+
 def test_the_least_shared_memory_suffices(monkeypatch):
     """Also for a head without words of values, of which nothing but the end of its list is read ahead."""
-    widths = [[8] * 48 + [0] * 16, [2] * 64], [[0] * 64, [1] * 64]
-    pair = [
-        SpectralQuantizer.stack(
-            [SpectralQuantizer.from_transform(np.zeros(64), np.eye(64), np.ones(64), np.array(w)) for w in part]
-        )
-        for part in widths
-    ]
+    pair = of_widths([[8] * 48 + [0] * 16, [2] * 64], [[0] * 64, [1] * 64])
     monkeypatch.setattr(doctor, "quantizer", lambda dims, heads, bits, seed: pair[seed])
     made = columns.every_head(*pair)
     numbers = max(len(own.numbers) + len(other.numbers) for own, other in zip(*made, strict=True))

@@ -11,36 +11,46 @@ enum { VQ_QUERIES = 8 };
 // them, columns, and which head it is of.
 enum { VQ_FOLD_EXPONENT = 6, VQ_COLUMN_ENTRY = 16 };
 
-// Eight queries in the basis of the codes -> folded [8, MC], in the order of the columns, and the share of the keys' mean in
-// every score. fragments [heads, MC / 16, DK / 16, 32 lanes, 4]: the basis as the first factor of a product, in half
-// precision, divided by 2^table[VQ_FOLD_EXPONENT]. space: for the queries [8, DK], which the thread group reads once, and
-// which are made smaller on the way, so that large ones stay finite.
+// Eight queries in the basis of the codes -> folded, eight rows of MC columns in their order, MC + 8 apart, and the share of
+// the keys' mean in every score. fragments [heads, MC / 16, DK / 16, 32 lanes, 4]: the basis as the first factor of a
+// product, in half precision, divided by 2^table[VQ_FOLD_EXPONENT]. space: for the queries, which are read once, each
+// divided by a power of two; eight rows of DK halves, DK + 8 apart, eight halves, and eight floats.
 template <typename T, int DK, int MC, int WARPS>
 VQ_FN void vq_fold_columns(VQ_SHARED(vq_half) folded, VQ_SHARED(float) mean_score, VQ_SHARED(vq_half) space, VQ_IN(T) q,
                            VQ_IN(uint) fragments, VQ_IN(float) mean, VQ_IN(int) table, VQ_IN(int) params, float scale,
                            VQ_THREAD const VqPlace& at) {
   enum { STEPS = DK / 16, PARTS = (DK + 31) / 32, STRIDE = DK + 8 };
-  const float smaller = 0.0625f;
-  scale *= 16.0f;
+  VQ_SHARED(float) sizes = (VQ_SHARED(float))(space + VQ_QUERIES * STRIDE + 8);
   VQ_IN(uint) own = fragments + ((size_t)(at.head * (MC / 16) + at.warp) * STEPS * 32 + at.lane) * 4;
   uint a[STEPS][4];
-  float means[PARTS];
   VQ_UNROLL
   for (int k = 0; k < STEPS; ++k)
     if (at.warp < MC / 16) vq_load4(a[k], own + k * 32 * 4);
-  VQ_UNROLL
-  for (int k = 0; k < PARTS; ++k) means[k] = k * 32 + at.lane < DK ? mean[at.head * DK + k * 32 + at.lane] : 0.0f;
-  for (int i = at.warp * 32 + at.lane; i < VQ_QUERIES * DK / 2; i += WARPS * 32) {
-    const int row = i / (DK / 2), d = i % (DK / 2) * 2;
-    float x = 0.0f, y = 0.0f;
-    if (row < at.rows) {
-      x = vq_query<T, DK>(q, params, at, at.first + row, d);
-      y = vq_query<T, DK>(q, params, at, at.first + row, d + 1);
+  VQ_LOOP
+  for (int r = at.warp; r < VQ_QUERIES; r += WARPS) {
+    float x[PARTS], sum = 0.0f, largest = 0.0f;
+    VQ_UNROLL
+    for (int k = 0; k < PARTS; ++k) {
+      const int d = k * 32 + at.lane;
+      const bool held = d < DK && r < at.rows;
+      x[k] = held ? vq_query<T, DK>(q, params, at, at.first + r, d) : 0.0f;
+      if (held) sum = vq_fma(x[k], mean[at.head * DK + d], sum);
+      largest = vq_max(largest, x[k] < 0.0f ? -x[k] : x[k]);
     }
-    vq_put2(space + row * STRIDE + d, vq_bits(vq_pack(x * smaller, y * smaller)));
+    VQ_UNROLL
+    for (uint bit = 16; bit; bit /= 2) {
+      sum += vq_shuffle_xor(sum, bit);
+      largest = vq_max(largest, vq_shuffle_xor(largest, bit));
+    }
+    const float size = vq_power(vq_max(largest, 1e-30f)), inverse = 1.0f / size;
+    VQ_UNROLL
+    for (int k = 0; k < PARTS; ++k)
+      if (k * 32 + at.lane < DK) vq_set(space[r * STRIDE + k * 32 + at.lane], x[k] * inverse);
+    if (at.lane == 0) mean_score[r] = sum * scale, sizes[r] = size;
   }
   VQ_SYNC_GROUP();
   const float factor = scale * vq_exp2((float)table[VQ_FOLD_EXPONENT]);
+  const float factors[2] = {factor * sizes[at.lane % 4 * 2], factor * sizes[at.lane % 4 * 2 + 1]};
   VQ_SHARED(const vq_half) rows = space + at.lane % 8 * STRIDE + at.lane / 8 * 8;
   VQ_LOOP
   for (int m = at.warp; m < MC / 16; m += WARPS) {
@@ -54,21 +64,11 @@ VQ_FN void vq_fold_columns(VQ_SHARED(vq_half) folded, VQ_SHARED(float) mean_scor
     }
     VQ_SHARED(vq_half) out = folded + at.lane % 4 * 2 * (MC + 8) + m * 16 + at.lane / 4;
     VQ_UNROLL
-    for (int e = 0; e < 4; ++e) vq_set(out[e % 2 * (MC + 8) + e / 2 * 8], c[e] * factor);
+    for (int e = 0; e < 4; ++e) vq_set(out[e % 2 * (MC + 8) + e / 2 * 8], c[e] * factors[e % 2]);
     own += WARPS * STEPS * 32 * 4;
     VQ_UNROLL
     for (int k = 0; k < STEPS; ++k)
       if (m + WARPS < MC / 16) vq_load4(a[k], own + k * 32 * 4);
-  }
-  VQ_LOOP
-  for (int r = at.warp; r < VQ_QUERIES; r += WARPS) {
-    float sum = 0.0f;
-    VQ_UNROLL
-    for (int k = 0; k < PARTS; ++k)
-      if (k * 32 + at.lane < DK) sum = vq_fma(vq_float(space[r * STRIDE + k * 32 + at.lane]), means[k], sum);
-    VQ_UNROLL
-    for (uint bit = 16; bit; bit /= 2) sum += vq_shuffle_xor(sum, bit);
-    if (at.lane == 0) mean_score[r] = sum * scale;
   }
 }
 
@@ -300,7 +300,7 @@ VQ_FN void vq_gather_columns(VQ_THREAD VqColumnSums<MC>& running, VQ_SHARED(cons
 // Where things lie in shared memory, in floats: the mean's scores, chunks, entries, levels, folded queries, lists of keys
 // and then of values, and for each warp a tile [32, ROW], and words of keys and then of values. ROW is an odd multiple of
 // eight, so that eight rows lie in different memory banks: products of 32 columns may read eight numbers behind a row, for
-// columns of queries that are zero, or of sums that nobody reads.
+// columns of queries that are zero, or of sums that nobody reads. The first tile holds the queries while they are folded.
 template <int MC, int ROW>
 struct VqColumnSpace {
   enum {

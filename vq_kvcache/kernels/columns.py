@@ -210,7 +210,7 @@ def column_table(keys: SpectralQuantizer, values: SpectralQuantizer, made: Heads
 
 def exponent_of(keys: SpectralQuantizer) -> int:
     """Of two, by which the basis of the keys is divided to use the range of half precision."""
-    return math.frexp(np.abs(np.array(keys.synthesis)).max())[1] - LARGEST
+    return math.frexp(np.abs(np.array(keys.synthesis)).max(initial=0.0))[1] - LARGEST
 
 
 def fragments(keys: SpectralQuantizer, made: list[HeadColumns], most: int) -> mx.array:

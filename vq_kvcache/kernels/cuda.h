@@ -41,6 +41,7 @@ VQ_FN float vq_exp2(float x) {  // what is no normal number counts as nothing
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
+VQ_FN float vq_power(float x) { return __uint_as_float(__float_as_uint(x) & 0x7f800000u); }  // of two, at most x
 VQ_FN float vq_max(float a, float b) { return fmaxf(a, b); }
 VQ_FN float vq_fma(float a, float b, float c) { return fmaf(a, b, c); }
 VQ_FN float vq_shuffle_xor(float x, uint bit) { return __shfl_xor_sync(0xffffffffu, x, bit); }

@@ -2,8 +2,8 @@
 // for rings.
 
 enum {
-  // In a layer's table: W, rows of `fold`, rows of `unfold`, floats of a split's output, and where the order of a head's
-  // outputs begins, 0 when it is that of the coordinates.
+  // In a layer's table: W, rows of the keys' basis, rows of `unfold`, floats of a split's output, and where the order of a
+  // head's outputs begins, 0 when it is that of the coordinates.
   VQ_TOTAL_WORDS = 1, VQ_KEY_ROWS = 2, VQ_VALUE_ROWS = 3, VQ_OUTPUT_WIDTH = 4, VQ_VALUE_ORDER = 5,
   VQ_HEAD_TABLE = 16,  // where its heads begin: of keys, then of values
   VQ_HEAD_INTS = 6,    // first piece, pieces, stored coordinates, first word, words, 0

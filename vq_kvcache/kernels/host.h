@@ -54,6 +54,13 @@ VQ_FN void vq_set(vq_bfloat16& to, float x) {
 }
 
 VQ_FN float vq_exp2(float x) { return exp2f(x); }
+VQ_FN float vq_power(float x) {
+  uint32_t bits;
+  memcpy(&bits, &x, 4);
+  bits &= 0x7f800000u;
+  memcpy(&x, &bits, 4);
+  return x;
+}
 VQ_FN float vq_max(float a, float b) { return a > b ? a : b; }
 VQ_FN float vq_fma(float a, float b, float c) { return a * b + c; }
 VQ_FN vq_half2 vq_as_half2(uint x) {
