@@ -29,13 +29,14 @@ VQ_FN void vq_merge(VQ_IN(float) sums, VQ_IN(float) outputs, VQ_IN(float) unfold
   VQ_IN(int) order = table + table[VQ_VALUE_ORDER] + head * width;
   const bool ordered = table[VQ_VALUE_ORDER] > 0;
   VQ_IN(float) out = outputs + (plane * splits * queries + query) * width;
-  const int columns = ordered ? width : stored, own_coordinate = d >= columns ? -1 : ordered ? order[d] : d;
+  const int columns = ordered ? width : stored;
   float packed_ahead[VQ_MERGE_AHEAD];
   VQ_UNROLL
   for (int i = 0; i < VQ_MERGE_AHEAD; ++i) {
     const int s = exact + part + i * PARTS;
-    packed_ahead[i] = s < splits && own_coordinate >= 0 ? out[s * queries * width + d] : 0.0f;
+    packed_ahead[i] = s < splits && d < columns ? out[s * queries * width + d] : 0.0f;  // before its coordinate is known
   }
+  const int own_coordinate = d >= columns ? -1 : ordered ? order[d] : d;
   const float exact_ahead = part < exact ? out[part * queries * width + d] : 0.0f;
   if (worker < 32) {  // one warp finds what each split counts for
     float top = logit, total = 0.0f, packed_total = 0.0f;
