@@ -2,17 +2,18 @@
 
     python benchmarks/kernel.py
 
-Shape of Llama-3.1-8B (32 query heads, 8 KV heads of 128), random codes, one query a row. Times are medians of five
-runs of 60 evaluations, without Python's building of their graphs: while a model decodes, the graph of a step is built
-when the one before runs (speed.py tells how long that takes). Bytes are those of the codes (or of bfloat16 keys and
-values), also as a share of what a copy of 2 GB moves. `attend` is the kernel on the codes alone, `whole` with the
-merging of its splits.
+Shape of Llama-3.1-8B (32 query heads, 8 KV heads of 128), random codes, one query a row. Times are medians of nine
+runs of 60 evaluations, by turns, and `times_as_fast` that of their ratios; without Python's building of their graphs:
+while a model decodes, the graph of a step is built when the one before runs (speed.py tells how long that takes). Bytes
+are those of the codes (or of bfloat16 keys and values), also as a share of what a copy of 2 GB moves. `attend` is the
+kernel on the codes alone, `whole` with the merging of its splits.
 """
 
 import argparse
 import itertools
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -36,35 +37,38 @@ EXACT = 208
 ROTATED_BYTES = 2e8  # inputs are rotated until they no longer fit a cache
 
 
-def microseconds(calls: Sequence[Callable[[], Any]], count: int = 60) -> float:
-    """Median time of one call, in turn from `calls`."""
-    mx.eval([call() for call in calls])
-    times = []
-    for _ in range(5):
-        lazy = [call() for call in itertools.islice(itertools.cycle(calls), count)]
-        start = time.perf_counter()
-        mx.eval(lazy)
-        mx.synchronize()
-        times.append((time.perf_counter() - start) / count * 1e6)
-    return sorted(times)[2]
+Calls = Sequence[Callable[[], Any]]
+
+
+def microseconds(every: Sequence[Calls], count: int = 60, rounds: int = 9) -> list[list[float]]:
+    """Times of one call, in turn from `calls`, of each of `every`, which take turns: a GPU's clock is not the same from
+    one second to the next."""
+    mx.eval([call() for calls in every for call in calls])
+    times: list[list[float]] = [[] for _ in every]
+    for _ in range(rounds):
+        for own, calls in zip(times, every, strict=True):
+            lazy = [call() for call in itertools.islice(itertools.cycle(calls), count)]
+            start = time.perf_counter()
+            mx.eval(lazy)
+            mx.synchronize()
+            own.append((time.perf_counter() - start) / count * 1e6)
+    return times
 
 
 def copy_rate() -> float:
     """Bytes read and written per second by an elementwise operation on 2 GB."""
     x = mx.zeros((1 << 29,), mx.uint32)
     mx.eval(x)
-    return 2 * x.nbytes / microseconds([lambda: x + 1], 6) * 1e6
+    return 2 * x.nbytes / statistics.median(microseconds([[lambda: x + 1]], 6)[0]) * 1e6
 
 
-def full_precision(tokens: int, batch: int, queries: mx.array) -> float:
-    """Time of MLX's own attention."""
+def full_precision(tokens: int, batch: int, queries: mx.array) -> Calls:
+    """MLX's own attention."""
     sets = min(8, int(ROTATED_BYTES // (4 * batch * tokens * HEADS * DIMS)) + 1)
     shape = (batch, HEADS, tokens, DIMS)
     held = [tuple(mx.random.normal(shape).astype(mx.bfloat16) for _ in range(2)) for _ in range(sets)]
     mx.eval(held)
-    return microseconds(
-        [lambda k=k, v=v: mx.fast.scaled_dot_product_attention(queries, k, v, scale=DIMS**-0.5) for k, v in held]
-    )
+    return [lambda k=k, v=v: mx.fast.scaled_dot_product_attention(queries, k, v, scale=DIMS**-0.5) for k, v in held]
 
 
 def snapshot(tokens: int, batch: int, bits: float) -> Snapshot:
@@ -123,11 +127,15 @@ def main() -> None:
             plan, operands = steps.step(held, queries, scale, None, None, place)
             launch = steps.parts_launch(plan, operands)
             mx.eval(list(launch.inputs))
-            whole = microseconds([lambda h=held, q=queries: doctor.attend_codes(h, q, scale, None, None, place)])
-            attend = microseconds([lambda x=launch: kernels.run(x, place)])
-            share = held.packed[0][0].nbytes / (attend * 1e-6) / rate
-            rows.append({"tokens": tokens, "batch": batch, "bits": b, "full_us": full, "whole_us": whole,
-                         "attend_us": attend, "share_of_copy_rate": share})  # fmt: skip
+            times = microseconds([
+                full, [lambda h=held, q=queries: doctor.attend_codes(h, q, scale, None, None, place)],
+                [lambda x=launch: kernels.run(x, place)],
+            ])  # fmt: skip
+            medians = [statistics.median(own) for own in times]
+            rows.append({"tokens": tokens, "batch": batch, "bits": b, "full_us": medians[0], "whole_us": medians[1],
+                         "attend_us": medians[2],
+                         "times_as_fast": statistics.median(a / b for a, b in zip(*times[:2], strict=True)),
+                         "share_of_copy_rate": held.packed[0][0].nbytes / (medians[2] * 1e-6) / rate})  # fmt: skip
     result = {**uses, "copy_bytes_per_s": rate, "rows": rows}
     measure.save(measure.RESULTS / "kernel.json", result)
     print(json.dumps(result))

@@ -303,7 +303,7 @@ def test_an_earlier_run_tells_how_much_steps_differ():
     own = {"KVCache": step(9.0)}
     run = measured(decode_bf16_512x8=own | {"spectral 2": step(4.5)}, decode_bf16_64x1=own | {"spectral 2": step(12.0)})
     table = speed_tables.speed(measured(decode_bf16_512x8=own), run)
-    assert "these times mlx-lm's speed: 2.00 (512, 8, bf16); 0.75 (64, 1, bf16)." in table
+    assert "took 9.0 and 4.5 ms (512, 8, bf16); 9.0 and 12.0 ms (64, 1, bf16)." in table
     assert "earlier" not in speed_tables.speed(run)
 
 
