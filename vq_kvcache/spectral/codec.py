@@ -8,6 +8,7 @@ import os
 import pathlib
 import re
 import struct
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -396,7 +397,8 @@ def plan_of_rotations(
 
 def fingerprint(model: Any) -> str:
     """Names a model by its configuration, its parameters' names, shapes and dtypes, and a strided sample of their
-    values (at most 1 MB): the same weights give the same name, other weights or adapters another."""
+    values (at most 1 MB): the same weights give the same name, other weights or adapters another. Of floating dtypes
+    the most frequent counts for all: gemma3n turns some parameters into float32 when it first runs."""
     name, description, samples = _samples(model)
     mx.eval(samples)
     return _name(name, description, samples)
@@ -414,7 +416,10 @@ def _samples(model: Any) -> tuple[str, str, list[mx.array]]:
     parameters = sorted(tree_flatten(model.parameters()))
     budget = SAMPLED_BYTES // max(4 * len(parameters), 1)
     samples = [_sample(array, max(1, min(SAMPLES_PER_PARAMETER, budget))) for _, array in parameters]
-    description = [repr(getattr(model, "args", None)), *(f"{n} {a.shape} {a.dtype}" for n, a in parameters)]
+    floating = Counter(a.dtype for _, a in parameters if mx.issubdtype(a.dtype, mx.floating)).most_common(1)
+    dtypes = [floating[0][0] if mx.issubdtype(a.dtype, mx.floating) else a.dtype for _, a in parameters]
+    named = (f"{n} {a.shape} {dtype}" for (n, a), dtype in zip(parameters, dtypes, strict=True))
+    description = [repr(getattr(model, "args", None)), *named]
     return str(getattr(model, "model_type", type(model).__name__)), "\n".join(description), samples
 
 
