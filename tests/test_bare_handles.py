@@ -121,6 +121,7 @@ def test_operators_and_attributes_are_those_of_the_array(how, bare):
     assert (handle.shape, handle.dtype, len(handle)) == ((1, 2, 251, 32), mx.float16, 1)
     assert np.array_equal(np.array(handle), np.array(array))
     assert mx.array_equal(copy.copy(handle), array).item()
+    assert BareHandle.__module__ == intercept.__name__
     with pytest.raises(TypeError):
         mx.concatenate([handle, handle])
 
@@ -211,6 +212,8 @@ def test_what_a_traced_module_keeps_is_put_back_and_nothing_is_held(model):
     passed = []
 
     class Keeps(nn.Module):
+        fails = False
+
         def __init__(self):
             super().__init__()
             self.weight, self.layers, self.scale = mx.ones(2), [nn.Linear(2, 2)], None
@@ -219,9 +222,11 @@ def test_what_a_traced_module_keeps_is_put_back_and_nothing_is_held(model):
             return [mlx_lm_cache.KVCache()]
 
         def __call__(self, tokens, cache):
-            passed.append(weakref.ref(cache[0].update_and_fetch(*pair(1))[0].source))
             self.weight, self.scale = self.weight.astype(mx.float16), mx.exp(self.weight)
             self.new, self.layers[0].weight = mx.zeros(3), mx.zeros((2, 2))
+            passed.append(weakref.ref(cache[0].update_and_fetch(*pair(1))[0].source))
+            if self.fails:
+                raise ValueError
             return tokens
 
     keeps = Keeps()
@@ -231,6 +236,9 @@ def test_what_a_traced_module_keeps_is_put_back_and_nothing_is_held(model):
     try:
         assert attended_only(keeps, {0}) == {0}
         assert [ref() for ref in passed] == [None]
+        assert intercept.uses(keeps)[0].kind == "own"
+        Keeps.fails = True
+        assert attended_only(keeps, {0}) == set()
     finally:
         gc.enable()
     assert keeps.weight is weight

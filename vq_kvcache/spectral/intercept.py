@@ -63,7 +63,7 @@ class Handle(mx.array):
 class BareHandle:
     """A handle without an array: all that attention needs. The graph of an array that hardly any model reads takes as
     long to build as the rest of a layer's step. For caches that are `attended_only`: were it read all the same, its
-    attributes and operators are the array's, but MLX's functions, and products with it on the right, raise."""
+    attributes and operators are the array's, but what takes nothing but arrays, as most of MLX's functions, raises."""
 
     __slots__ = ("part", "source")
 
@@ -85,7 +85,8 @@ def _of_the_array(name: str) -> Callable[..., Any]:
 
 
 _COMPARISONS = {"__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__ge__"}
-for _operator in {name for name in dir(mx.array) if name.startswith("__")} - set(dir(object)) | _COMPARISONS:
+_OWN = {*dir(object), "__module__", "__setstate__"} - _COMPARISONS
+for _operator in {name for name in dir(mx.array) if name.startswith("__")} - _OWN:
     setattr(BareHandle, _operator, _of_the_array(_operator))
 
 
@@ -99,6 +100,7 @@ def array_of(x: Any) -> Any:
 
 _NAME = "scaled_dot_product_attention"
 _lock = threading.Lock()
+_tracing = threading.RLock()  # one thread traces, or it would put back what another's trace left for a moment
 _users = 0
 _original: Callable[..., mx.array] = mx.fast.scaled_dot_product_attention
 
@@ -317,7 +319,7 @@ def _trace(model: Any) -> tuple[dict[int, Use], set[int]]:
         made.append(Recorder(index, attend, 0, append))
         return made[-1]
 
-    with dispatching(), unchanged(model):
+    with _tracing, dispatching(), unchanged(model):
         model(mx.array([[0]]), cache=replace_kv(plain_caches(model), recorder))
     by_state = {r.index for r in made if r.state_was_read}
     left_out = nested_ones - set(kinds) | by_state
@@ -343,7 +345,7 @@ def attended_only(model: Any, packed: Collection[int]) -> set[int]:
         return made[-1]
 
     try:
-        with dispatching(), unchanged(model):
+        with _tracing, dispatching(), unchanged(model):
             model(mx.array([[0]]), cache=replace_kv(plain_caches(model), recorder))
         return {r.index for r in made if not r.was_read and not r.state_was_read}
     except Exception:  # what MLX raises of an argument that is no array, or the model
@@ -355,18 +357,21 @@ def attended_only(model: Any, packed: Collection[int]) -> set[int]:
 
 @contextlib.contextmanager
 def unchanged(model: Any) -> Iterator[None]:
-    """What the model's modules hold is put back behind this block: some keep what they computed, which was not."""
+    """What attributes of the model's modules are set to in this block is put back behind it: some keep what they
+    computed, which was not computed."""
     modules: list[Any] = getattr(model, "modules", list)()
     before = [(held, dict(held)) for module in modules for held in (module, vars(module))]
     try:
         yield
     finally:
-        for held, items in before:  # item by item: another thread may be at work with them
-            for name in set(held) - set(items):
-                held.pop(name, None)
+        # Item by item, and none away before it is back: another thread may be at work with the model.
+        for held, items in before:
             for name, value in items.items():
                 if name not in held or held[name] is not value:
                     held[name] = value
+        for held, items in before:
+            for name in set(held) - set(items):
+                held.pop(name, None)
 
 
 def is_pair(keys: Any, values: Any) -> bool:
