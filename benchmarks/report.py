@@ -48,7 +48,7 @@ def kernel(result: dict[str, Any]) -> str:
     """Times of attention on codes, beside those of MLX's own."""
     lines = [
         f"{result['machine']['device']}, shape of Llama-3.1-8B, microseconds of a layer's attention for one new token "
-        "(without the time in which Python builds its graph):",
+        "(without the time in which Python builds its graph), medians of runs by turns, and of their ratios:",
         "",
         "| context, batch | bits | MLX's attention, bfloat16 | on codes | times as fast | the splits alone | "
         "share of the copy rate |",

@@ -44,7 +44,8 @@ def _times_as_fast(rows: dict[str, Result], kind: str) -> str:
     theirs, ours = rows[own], rows[kind]
     if own not in ours.get("turns_with", []):
         return f"{theirs['median_ms'] / ours['median_ms']:.2f}"
-    return f"{statistics.median(a / b for a, b in zip(theirs['turns_ms'], ours['turns_ms'], strict=True)):.2f}"
+    ratios = [a / b for a, b in zip(theirs["turns_ms"], ours["turns_ms"], strict=True)]
+    return f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
 
 
 def earlier(result: Result) -> str:
@@ -63,7 +64,7 @@ def decoding(result: Result) -> str:
     """Whole decode steps: time, against the fastest of mlx-lm's own caches of the same run, and what packing takes."""
     cells = _decode_cells(result)
     by_turns = any(row.get("turns_with") for rows in cells.values() for row in rows.values())
-    told = " by turns (BatchKVCache alone), times as fast: median of the rounds" if by_turns else ""
+    told = " by turns (BatchKVCache alone), times as fast: median of the rounds, least and most" if by_turns else ""
     lines = [
         f"Whole decode steps on {result['machine']['device']}, shape of {result['shape']} ({result['layers']} layers), "
         f"mlx-lm's own loop, {result['steps']} steps{told}:",

@@ -37,13 +37,25 @@ class VqFibers {
   VqFibers(int threads, std::function<void(int)> run) : run_(run), fibers_(threads) {
     current = this;
     if (stacks.size() < fibers_.size() * STACK) stacks.resize(fibers_.size() * STACK);
+    // By turns the first warp is ahead, the last one, or all are in step: warps that do not wait for each other where they
+    // must are wrong in one of these orders, and those that write each other's memory in the last.
+    static unsigned groups = 0;
+    const unsigned order = groups++ % 3;
     const int warps = (threads + 31) / 32;
-    static bool last_first = false;  // by turns: a group that does not wait where it must is wrong in one of both orders
-    last_first = !last_first;
     for (bool left = true; left;) {
       left = false;
-      for (int w = 0; w < warps; ++w) left |= run_warp(32 * (last_first ? warps - 1 - w : w));
-      if (!release() && left) fprintf(stderr, "lanes wait for each other\n"), abort();
+      bool went_on = false;
+      for (int w = 0; w < warps; ++w) {
+        const size_t first = 32 * (order == 1 ? warps - 1 - w : w);
+        bool some = resume_warp(first);
+        if (order == 2) {
+          went_on |= free_warp(first);
+        } else {
+          while (free_warp(first)) some = resume_warp(first);
+        }
+        left |= some;
+      }
+      if (!went_on && !release() && left) fprintf(stderr, "lanes wait for each other\n"), abort();
     }
   }
 
@@ -109,19 +121,17 @@ class VqFibers {
     }
     return some;
   }
-  // As far as its lanes get without other warps; whether any of them is left.
-  bool run_warp(size_t first) {
-    const size_t end = std::min(first + 32, fibers_.size());
-    bool left;
-    do {
-      left = false;
-      for (size_t i = first; i < end; ++i) {
-        if (!fibers_[i].done && !fibers_[i].waits) resume(i);
-        left |= !fibers_[i].done;
-      }
-    } while (all_wait(first, end, 1) && free(first, end));
+  size_t end_of(size_t first) const { return std::min(first + 32, fibers_.size()); }
+  // Its lanes to their next barriers; whether any of them is left.
+  bool resume_warp(size_t first) {
+    bool left = false;
+    for (size_t i = first; i < end_of(first); ++i) {
+      if (!fibers_[i].done && !fibers_[i].waits) resume(i);
+      left |= !fibers_[i].done;
+    }
     return left;
   }
+  bool free_warp(size_t first) { return all_wait(first, end_of(first), 1) && free(first, end_of(first)); }
   bool release() { return all_wait(0, fibers_.size(), 2) && free(0, fibers_.size()); }
   bool free(size_t from, size_t until) {
     for (size_t i = from; i < until; ++i) fibers_[i].waits = 0;

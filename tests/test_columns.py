@@ -207,6 +207,15 @@ def test_groups_fill_the_machine(planes, packed, exact, expected):
     assert whole - (besides or each) < -(-packed // columns.TOKENS) <= whole
 
 
+@pytest.mark.parametrize("exact", [1, 500, 700, 1000, steps.launches.MOST_SPLITS - 1])
+def test_there_are_no_more_splits_than_are_merged(exact):
+    shape = steps.Shape("cuda", mx.float16, 1, 1, 1, 1, 128, 128, columns.Program(160, 120, 10, 2), None)
+    rows = doctor.rows_of((0,), (0,), 64 * exact, (1 << 20,))
+    plan, params = steps._numbers(shape, rows, 64 * exact, ((1 << 20, 1 << 20),), (0, 0, 0, 0, 0), False)
+    assert exact < plan.splits <= launches.MOST_SPLITS
+    assert plan.splits == exact + np.array(params)[5]
+
+
 def test_rings_that_fill_words_lie_behind_all_that_is_multiplied_with_a_tile():
     """Products take 32 columns at a time, or what is left of the row."""
     ring = tuple(range(32))
@@ -261,6 +270,7 @@ def test_queries_may_be_of_any_size(dtype, size):
     held = doctor.snapshot(doctor.Case(dtype=dtype))
     queries = mx.random.normal((1, 8, 1, 64), key=mx.random.key(0)).astype(dtype)
     queries[:, 3] *= 2.0**-4
+    queries[:, 4], queries[:, 5] = 0.0, -mx.abs(queries[:, 5])
     found = [
         attend_codes(held, queries * own, 0.125 / own, None, None, "host", lambda launch, _: host_kernels.run(launch))
         for own in (1.0, size)
