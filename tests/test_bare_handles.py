@@ -237,6 +237,7 @@ def test_what_a_traced_module_keeps_is_put_back_and_nothing_is_held(model):
         assert attended_only(keeps, {0}) == {0}
         assert [ref() for ref in passed] == [None]
         assert intercept.uses(keeps)[0].kind == "own"
+        assert [ref() for ref in passed] == [None, None]
         Keeps.fails = True
         assert attended_only(keeps, {0}) == set()
     finally:

@@ -18,7 +18,7 @@ from .options import CacheOptions
 from .shards import Share
 from .spectral.codec import Bits, Codec, CodecError, Plan, budget_of, find_codec
 from .spectral.files import parse_json
-from .spectral.intercept import AnyHandle, BareHandle, Handle, array_of, is_dispatching, is_pair
+from .spectral.intercept import AnyHandle, array_of, handles_on, is_dispatching, is_pair
 from .spectral.sealing import BLOCK, LAG
 from .spectral.spectral_quant import Quantizer, RawQuantizer
 from .storage import Snapshot, Storage
@@ -70,10 +70,7 @@ class View:
 
     def handles(self, bare: bool = False) -> tuple[Any, Any]:
         """Handles on keys and values; bare ones only while they are understood."""
-        if bare and is_dispatching():
-            return BareHandle(self, "keys"), BareHandle(self, "values")
-        keys, values = self.decoded()
-        return Handle(keys, self, "keys"), Handle(values, self, "values")
+        return handles_on(self, None if bare and is_dispatching() else self.decoded())
 
     def attention(
         self, queries: mx.array, keys: AnyHandle, values: Any, original: Callable[..., mx.array], **options: Any

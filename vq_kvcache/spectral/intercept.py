@@ -8,7 +8,7 @@ import contextlib
 import dataclasses
 import functools
 import threading
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any, Literal, Protocol, TypeVar, cast
 
 import mlx.core as mx
@@ -93,6 +93,14 @@ for _operator in {name for name in dir(mx.array) if name.startswith("__")} - _OW
 AnyHandle = Handle | BareHandle
 
 
+def handles_on(source: Source, arrays: tuple[mx.array, mx.array] | None) -> tuple[AnyHandle, AnyHandle]:
+    """Handles on the keys and the values of a source, which these arrays are; bare ones without any."""
+    if arrays is None:
+        return BareHandle(source, "keys"), BareHandle(source, "values")
+    keys, values = arrays
+    return Handle(keys, source, "keys"), Handle(values, source, "values")
+
+
 def array_of(x: Any) -> Any:
     """What MLX's functions take for a handle, bare or not, or for an array."""
     return x.__mlx_array__() if isinstance(x, BareHandle) else x
@@ -171,10 +179,7 @@ class Recorder:
         if self._append is not None:
             keys, values = self._append(self.index, keys, values)
         self.keys, self.values = keys, values
-        if self._bare:
-            self._fetched = BareHandle(self, "keys"), BareHandle(self, "values")
-        else:
-            self._fetched = Handle(keys, self, "keys"), Handle(values, self, "values")
+        self._fetched = handles_on(self, None if self._bare else (keys, values))
         return self._fetched
 
     def array(self, part: str) -> mx.array:
@@ -246,7 +251,13 @@ def members_of(cache: Any) -> list[Any]:
 
 
 def recorders(
-    model: Any, attend: Attention, offset: int = 0, *, append: Append | None = None, only: Collection[int] | None = None
+    model: Any,
+    attend: Attention,
+    offset: int = 0,
+    *,
+    append: Append | None = None,
+    only: Collection[int] | None = None,
+    bare: bool = False,
 ) -> list[Any]:
     """Caches to pass as `cache=` for one forward pass over a whole sequence.
 
@@ -254,10 +265,11 @@ def recorders(
     of the cache (`replace_kv`), queries [B, Hq, L, D], keys and values [B, H, L, D]; before that, `append(index, keys,
     values)` gives what the model is to get in place of what it appends. `offset` is the position of the first token.
     Other state (sliding windows, recurrent state), and caches not in `only`, stay the model's own and are not seen.
+    bare: what the model fetches are bare handles.
     """
     return replace_kv(
         plain_caches(model),
-        lambda i, own, nested: Recorder(i, attend, offset, append) if only is None or i in only else own,
+        lambda i, own, nested: Recorder(i, attend, offset, append, bare) if only is None or i in only else own,
     )
 
 
@@ -296,8 +308,6 @@ def _trace(model: Any) -> tuple[dict[int, Use], set[int]]:
     shapes: dict[int, tuple[int, int, int]] = {}
     kinds: dict[int, Literal["paired", "latent"]] = {}
     readers: dict[int, int] = {}
-    nested_ones: set[int] = set()
-    made: list[Recorder] = []
 
     def append(index: int, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         shapes[index] = keys.shape[1], keys.shape[3], values.shape[3]
@@ -313,15 +323,9 @@ def _trace(model: Any) -> tuple[dict[int, Use], set[int]]:
             kinds[index] = "latent"
         return original(queries, keys, values, **options)
 
-    def recorder(index: int, own: Any, nested: bool) -> Recorder:
-        if nested:
-            nested_ones.add(index)
-        made.append(Recorder(index, attend, 0, append))
-        return made[-1]
-
-    with _tracing, dispatching(), unchanged(model):
-        model(mx.array([[0]]), cache=replace_kv(plain_caches(model), recorder))
-    by_state = {r.index for r in made if r.state_was_read}
+    caches = recorders(model, attend, append=append)
+    nested_ones = {r.index for r in _recorders_in(filter(is_list, caches))}
+    by_state = {r.index for r in _given_a_token(model, caches) if r.state_was_read}
     left_out = nested_ones - set(kinds) | by_state
     found = {i: Use(*s, kinds.get(i, "own"), readers.get(i, 0)) for i, s in sorted(shapes.items()) if i not in left_out}
     return found, by_state
@@ -331,28 +335,33 @@ def attended_only(model: Any, packed: Collection[int]) -> set[int]:
     """Those of the KV caches `packed`, by index, with which the model, given one token, does nothing but hand what they
     return to its attention, keys and values of one: bare handles are enough for it. None where it cannot be told. One
     token is traced, nothing computed, as long as the model does not ask for numbers itself."""
-    made: list[Recorder] = []
 
     def attend(index: int, queries: mx.array, keys: Any, values: Any, original: Attention, **options: Any) -> mx.array:
         source = keys.source
         source.was_read |= not is_pair(keys, values)
         return mx.zeros((*queries.shape[:3], source.values.shape[3]), queries.dtype)
 
-    def recorder(index: int, own: Any, nested: bool) -> Any:
-        if index not in packed:
-            return own
-        made.append(Recorder(index, attend, 0, None, bare=True))
-        return made[-1]
-
     try:
-        with _tracing, dispatching(), unchanged(model):
-            model(mx.array([[0]]), cache=replace_kv(plain_caches(model), recorder))
-        return {r.index for r in made if not r.was_read and not r.state_was_read}
+        traced = _given_a_token(model, recorders(model, attend, only=packed, bare=True))
     except Exception:  # what MLX raises of an argument that is no array, or the model
         return set()
+    return {r.index for r in traced if not r.was_read and not r.state_was_read}
+
+
+def _recorders_in(caches: Iterable[Any]) -> list[Recorder]:
+    return [member for cache in caches for member in members_of(cache) if isinstance(member, Recorder)]
+
+
+def _given_a_token(model: Any, caches: list[Any]) -> list[Recorder]:
+    """The recorders among these caches, after the model was given them and one token, and left as it was."""
+    made = _recorders_in(caches)
+    try:
+        with _tracing, dispatching(), unchanged(model):
+            model(mx.array([[0]]), cache=caches)
     finally:
-        for r in made:
-            r.forget()
+        for recorder in made:
+            recorder.forget()
+    return made
 
 
 @contextlib.contextmanager
