@@ -72,6 +72,32 @@ VQ_FN int vq_partial(VQ_IN(int) params, VQ_THREAD const VqPlace& at) {
   return ((at.batch * params[VQ_H] + at.head) * splits + at.split) * params[VQ_G] * params[VQ_L] + at.first;
 }
 
+// Of exact tokens: queries that are worked on at once, and values that a thread reads at once, since memory is slow to
+// answer.
+enum { VQ_EXACT_ROWS = 4, VQ_EXACT_VALUES = 16 };
+
+// Values of exact tokens from .. until - 1 of `count` of a split, at one coordinate, weighted -> out.
+template <int DV, typename T>
+VQ_FN void vq_weigh(VQ_THREAD float (&out)[VQ_EXACT_ROWS], VQ_SHARED(const float) weights, VQ_IN(T) values, VqRows held,
+                    int first, int from, int until, int count) {
+  VQ_UNROLL
+  for (int r = 0; r < VQ_EXACT_ROWS; ++r) out[r] = 0.0f;
+  VQ_LOOP
+  for (int t = from; t < until; t += VQ_EXACT_VALUES) {
+    T own[VQ_EXACT_VALUES];
+    VQ_UNROLL
+    for (int k = 0; k < VQ_EXACT_VALUES; ++k) {
+      const int e = first + (t + k < count ? t + k : count - 1);  // whose weight is zero, if it is that one again
+      own[k] = values[(e < held.sinks ? e : held.start + e - held.sinks) * DV];
+    }
+    VQ_UNROLL
+    for (int k = 0; k < VQ_EXACT_VALUES; ++k) {
+      VQ_UNROLL
+      for (int r = 0; r < VQ_EXACT_ROWS; ++r) out[r] = vq_fma(weights[r * VQ_TOKENS + t + k], vq_float(own[k]), out[r]);
+    }
+  }
+}
+
 // Sinks and window: 64 exact tokens, in float32. shared: [QUERIES, DK] queries, [QUERIES, 64] scores. width: floats of an
 // output.
 template <typename T, int DK, int DV, int QUERIES>
@@ -89,32 +115,51 @@ VQ_FN void vq_attend_exact(VQ_IN(T) q, VQ_IN(T) keys, VQ_IN(T) values, VqRows he
   const int plane = (at.batch * params[VQ_H] + at.head) * capacity;
   for (int i = worker; i < rows * VQ_TOKENS; i += threads) scores[i] = VQ_LOWEST;
   VQ_SYNC_GROUP();
-  VQ_UNROLL_BY(4)
-  for (int t = at.warp; t < count; t += threads / 32) {  // lanes share a key, so that they read it side by side
-    const int e = first + t, position = e < held.sinks ? e : held.packed + e;
-    VQ_IN(T) key = keys + (plane + (e < held.sinks ? e : held.start + e - held.sinks)) * DK;
-    float own[(DK + 31) / 32];
+  enum { PARTS = (DK + 31) / 32, KEYS = PARTS <= 4 ? 4 : 2 };  // keys that a warp reads at once
+  const int warps = threads / 32;
+  VQ_LOOP
+  for (int t = at.warp; t < count; t += KEYS * warps) {  // lanes share a key, so that they read it side by side
+    float own[KEYS][PARTS];
     VQ_UNROLL
-    for (int i = 0; i < (DK + 31) / 32; ++i) own[i] = i * 32 + at.lane < DK ? vq_float(key[i * 32 + at.lane]) : 0.0f;
-    VQ_LOOP
-    for (int row = 0; row < rows; row += 4) {  // four at once, so that their shuffles follow one another
-      float score[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+    for (int k = 0; k < KEYS; ++k) {
+      const int e = first + (t + k * warps < count ? t + k * warps : t);  // one that is there
+      VQ_IN(T) key = keys + (plane + (e < held.sinks ? e : held.start + e - held.sinks)) * DK;
       VQ_UNROLL
-      for (int i = 0; i < (DK + 31) / 32; ++i) {
+      for (int i = 0; i < PARTS; ++i) own[k][i] = i * 32 + at.lane < DK ? vq_float(key[i * 32 + at.lane]) : 0.0f;
+    }
+    VQ_LOOP
+    for (int row = 0; row < rows; row += VQ_EXACT_ROWS) {  // whose shuffles follow one another
+      float score[KEYS][VQ_EXACT_ROWS];
+      VQ_UNROLL
+      for (int r = 0; r < VQ_EXACT_ROWS; ++r) {
         VQ_UNROLL
-        for (int r = 0; r < 4; ++r)
-          if (i * 32 + at.lane < DK) score[r] = vq_fma(shared[(row + r) * DK + i * 32 + at.lane], own[i], score[r]);
+        for (int k = 0; k < KEYS; ++k) score[k][r] = 0.0f;
+        VQ_UNROLL
+        for (int i = 0; i < PARTS; ++i) {
+          const float query = i * 32 + at.lane < DK ? shared[(row + r) * DK + i * 32 + at.lane] : 0.0f;
+          VQ_UNROLL
+          for (int k = 0; k < KEYS; ++k) score[k][r] = vq_fma(query, own[k][i], score[k][r]);
+        }
       }
       VQ_UNROLL
       for (uint bit = 16; bit; bit /= 2) {
         VQ_UNROLL
-        for (int r = 0; r < 4; ++r) score[r] += vq_shuffle_xor(score[r], bit);
+        for (int k = 0; k < KEYS; ++k) {
+          VQ_UNROLL
+          for (int r = 0; r < VQ_EXACT_ROWS; ++r) score[k][r] += vq_shuffle_xor(score[k][r], bit);
+        }
       }
+      float given = 0.0f;  // to this lane
       VQ_UNROLL
-      for (int r = 0; r < 4; ++r)
-        if (at.lane == r && row + r < rows)
-          scores[(row + r) * VQ_TOKENS + t] =
-              vq_masked(score[r], params, hidden, added, at, at.first + row + r, position, held.packed + exact);
+      for (int k = 0; k < KEYS; ++k) {
+        VQ_UNROLL
+        for (int r = 0; r < VQ_EXACT_ROWS; ++r) given = at.lane == k * VQ_EXACT_ROWS + r ? score[k][r] : given;
+      }
+      const int own_row = row + at.lane % VQ_EXACT_ROWS, column = t + at.lane / VQ_EXACT_ROWS * warps, e = first + column;
+      if (at.lane < KEYS * VQ_EXACT_ROWS && own_row < rows && column < count)
+        scores[own_row * VQ_TOKENS + column] =
+            vq_masked(given, params, hidden, added, at, at.first + own_row, e < held.sinks ? e : held.packed + e,
+                      held.packed + exact);
     }
   }
   VQ_SYNC_GROUP();
@@ -131,20 +176,30 @@ VQ_FN void vq_attend_exact(VQ_IN(T) q, VQ_IN(T) keys, VQ_IN(T) values, VqRows he
     if (at.lane == 0) sums[2 * (base + row)] = top, sums[2 * (base + row) + 1] = sum;
   }
   VQ_SYNC_GROUP();
-  for (int d = worker; d < DV; d += threads) {
-    float out[QUERIES];
-    VQ_UNROLL
-    for (int r = 0; r < QUERIES; ++r) out[r] = 0.0f;
-    VQ_UNROLL_BY(8)
-    for (int t = 0; t < count; ++t) {
-      const int e = first + t, column = e < held.sinks ? e : held.start + e - held.sinks;
-      const float value = vq_float(values[(plane + column) * DV + d]);
+  VQ_LOOP
+  for (int row = 0; row < rows; row += VQ_EXACT_ROWS) {
+    VQ_SHARED(const float) weights = scores + row * VQ_TOKENS;
+    float out[VQ_EXACT_ROWS];
+    if (threads >= 2 * DV && DV <= DK) {  // two threads share the tokens of a coordinate; the queries have had their time
+      const int set = worker / DV, d = worker % DV, from = set * (VQ_TOKENS / 2), until = from + VQ_TOKENS / 2;
+      if (set < 2) vq_weigh<DV>(out, weights, values + plane * DV + d, held, first, from, until < count ? until : count, count);
       VQ_UNROLL
-      for (int r = 0; r < QUERIES; ++r) out[r] = vq_fma(scores[r * VQ_TOKENS + t], value, out[r]);
+      for (int r = 0; r < VQ_EXACT_ROWS; ++r)
+        if (set == 1) shared[r * DV + d] = out[r];
+      VQ_SYNC_GROUP();
+      VQ_UNROLL
+      for (int r = 0; r < VQ_EXACT_ROWS; ++r)
+        if (set == 0 && row + r < rows) outputs[(base + row + r) * width + d] = out[r] + shared[r * DV + d];
+      VQ_SYNC_GROUP();
+    } else {
+      VQ_LOOP
+      for (int d = worker; d < DV; d += threads) {
+        vq_weigh<DV>(out, weights, values + plane * DV + d, held, first, 0, count, count);
+        VQ_UNROLL
+        for (int r = 0; r < VQ_EXACT_ROWS; ++r)
+          if (row + r < rows) outputs[(base + row + r) * width + d] = out[r];
+      }
     }
-    VQ_UNROLL
-    for (int r = 0; r < QUERIES; ++r)
-      if (r < rows) outputs[(base + r) * width + d] = out[r];
   }
 }
 
