@@ -18,16 +18,18 @@ enum { VQ_NO_MASK, VQ_CAUSAL, VQ_BOOL_MASK, VQ_ADDED_MASK };
 
 #define VQ_LOWEST -1e30f
 
-// What a thread knows of its place.
+// What a thread knows of its place. queries: of each KV head, which follow one another; first: the first of these that is
+// here; rows: how many of them are.
 struct VqPlace {
-  int split, head, batch, first, rows, warp, lane;  // first: query of this KV head; rows: how many of them are here
+  int split, head, batch, heads, queries, first, rows, warp, lane;
 };
 
 // x the split, y head and batch row, z as many queries of a group of query heads as a thread group takes.
 template <int QUERIES>
 VQ_FN VqPlace vq_place(VQ_IN(int) params, int x, int y, int z, int worker) {
-  const int heads = params[VQ_H], left = params[VQ_G] * params[VQ_L] - z * QUERIES;
-  const VqPlace at = {x, y % heads, y / heads, z * QUERIES, left < QUERIES ? left : QUERIES, worker >> 5, worker & 31};
+  const int heads = params[VQ_H], queries = params[VQ_G] * params[VQ_L], left = queries - z * QUERIES;
+  const VqPlace at = {x, y % heads, y / heads, heads, queries, z * QUERIES, left < QUERIES ? left : QUERIES,
+                      worker >> 5, worker & 31};
   return at;
 }
 
@@ -58,18 +60,13 @@ VQ_FN float vq_masked(float score, VQ_IN(int) params, VQ_IN(unsigned char) hidde
 
 VQ_FN float vq_weight(float score, float top) { return score > 0.5f * VQ_LOWEST ? vq_exp2(score - top) : 0.0f; }
 
-// Queries of this row tile, scaled: q [16, DK] float32.
-template <typename T, int DK>
-VQ_FN float vq_query(VQ_IN(T) q, VQ_IN(int) params, VQ_THREAD const VqPlace& at, int row, int d) {
-  const int queries = params[VQ_L], heads = params[VQ_H] * params[VQ_G];
-  const int head = at.head * params[VQ_G] + row / queries;
-  return vq_float(q[((at.batch * heads + head) * queries + row % queries) * DK + d]);
-}
+// The first query that is here, among all.
+VQ_FN int vq_first_query(VQ_THREAD const VqPlace& at) { return (at.batch * at.heads + at.head) * at.queries + at.first; }
 
 // Where the outputs of this split begin; the queries of this group follow one another.
 VQ_FN int vq_partial(VQ_IN(int) params, VQ_THREAD const VqPlace& at) {
   const int splits = params[VQ_EXACT_SPLITS] + params[VQ_PACKED_SPLITS];
-  return ((at.batch * params[VQ_H] + at.head) * splits + at.split) * params[VQ_G] * params[VQ_L] + at.first;
+  return ((at.batch * at.heads + at.head) * splits + at.split) * at.queries + at.first;
 }
 
 // Of exact tokens: queries that are worked on at once, and values that a thread reads at once, since memory is slow to
@@ -110,9 +107,9 @@ VQ_FN void vq_attend_exact(VQ_IN(T) q, VQ_IN(T) keys, VQ_IN(T) values, VqRows he
   const int count = exact - first < VQ_TOKENS ? exact - first : VQ_TOKENS;
   VQ_SHARED(float) scores = shared + QUERIES * DK;
   for (int i = worker; i < rows * DK; i += threads)
-    shared[i] = vq_query<T, DK>(q, params, at, at.first + i / DK, i % DK) * scale;
+    shared[i] = vq_float(q[vq_first_query(at) * DK + i]) * scale;
   VQ_SYNC_GROUP();
-  const int plane = (at.batch * params[VQ_H] + at.head) * capacity;
+  const int plane = (at.batch * at.heads + at.head) * capacity;
   for (int i = worker; i < rows * VQ_TOKENS; i += threads) scores[i] = VQ_LOWEST;
   VQ_SYNC_GROUP();
   enum { PARTS = (DK + 31) / 32, KEYS = PARTS <= 4 ? 4 : 2 };  // keys that a warp reads at once
@@ -212,7 +209,7 @@ VQ_FN void vq_fold(VQ_IN(T) q, VQ_IN(float) fold, VQ_IN(float) mean, VQ_IN(int) 
   const int rows = at.rows;
   const int worker = at.warp * 32 + at.lane;
   for (int i = worker; i < 16 * DK; i += threads)
-    plain[i] = i / DK < rows ? vq_query<T, DK>(q, params, at, at.first + i / DK, i % DK) * scale : 0.0f;
+    plain[i] = i / DK < rows ? vq_float(q[vq_first_query(at) * DK + i]) * scale : 0.0f;
   VQ_SYNC_GROUP();
   VQ_LOOP
   for (int first = 0; first < 16; first += 4) {
@@ -291,7 +288,7 @@ VQ_FN void vq_soften(VQ_THREAD float (&s)[8][4], VQ_THREAD VqRunning<DV>& runnin
 // Hide the scores of positions that this row does not hold or the mask hides.
 VQ_FN void vq_hide(VQ_THREAD float (&s)[8][4], VQ_THREAD const VqTile& t, VqRows held, VQ_IN(int) params,
                    VQ_IN(unsigned char) hidden, VQ_IN(float) added, VQ_THREAD const VqPlace& at) {
-  const int queries = params[VQ_G] * params[VQ_L], length = held.sinks + held.packed + held.end - held.start;
+  const int length = held.sinks + held.packed + held.end - held.start;
   const bool masked = params[VQ_MASK_KIND] != VQ_NO_MASK;
   if (!masked && t.valid >= VQ_TOKENS) return;
   VQ_UNROLL
@@ -301,7 +298,7 @@ VQ_FN void vq_hide(VQ_THREAD float (&s)[8][4], VQ_THREAD const VqTile& t, VqRows
       const int column = n * 8 + VQ_COL(at.lane) + e % 2, row = at.first + VQ_ROW(at.lane) + e / 2 * 8;
       if (column >= t.valid) {
         s[n][e] = VQ_LOWEST;
-      } else if (masked && row < queries) {
+      } else if (masked && row < at.queries) {
         s[n][e] = vq_masked(s[n][e], params, hidden, added, at, row, held.sinks + t.first + column, length);
       }
     }

@@ -13,11 +13,11 @@ enum { VQ_FOLD_EXPONENT = 6, VQ_COLUMN_ENTRY = 16 };
 
 // Eight queries in the basis of the codes -> folded, eight rows of MC columns in their order, MC + 8 apart, and the share of
 // the keys' mean in every score. fragments [heads, MC / 16, DK / 16, 32 lanes, 4]: the basis as the first factor of a
-// product, in half precision, divided by 2^table[VQ_FOLD_EXPONENT]. space: for the queries, which are read once, each
-// divided by a power of two; eight rows of DK halves, DK + 8 apart, eight halves, and eight floats.
+// product, in half precision, divided by 2^exponent. space: for the queries, which are read once, each divided by a power
+// of two; eight rows of DK halves, DK + 8 apart, eight halves, and eight floats.
 template <typename T, int DK, int MC, int WARPS>
 VQ_FN void vq_fold_columns(VQ_SHARED(vq_half) folded, VQ_SHARED(float) mean_score, VQ_SHARED(vq_half) space, VQ_IN(T) q,
-                           VQ_IN(uint) fragments, VQ_IN(float) mean, VQ_IN(int) table, VQ_IN(int) params, float scale,
+                           VQ_IN(uint) fragments, VQ_IN(float) mean, int exponent, float scale,
                            VQ_THREAD const VqPlace& at) {
   enum { STEPS = DK / 16, PARTS = (DK + 31) / 32, STRIDE = DK + 8 };
   VQ_SHARED(float) sizes = (VQ_SHARED(float))(space + VQ_QUERIES * STRIDE + 8);
@@ -26,15 +26,19 @@ VQ_FN void vq_fold_columns(VQ_SHARED(vq_half) folded, VQ_SHARED(float) mean_scor
   VQ_UNROLL
   for (int k = 0; k < STEPS; ++k)
     if (at.warp < MC / 16) vq_load4(a[k], own + k * 32 * 4);
+  float centre[PARTS];
+  VQ_UNROLL
+  for (int k = 0; k < PARTS; ++k) centre[k] = k * 32 + at.lane < DK ? mean[at.head * DK + k * 32 + at.lane] : 0.0f;
   VQ_LOOP
   for (int r = at.warp; r < VQ_QUERIES; r += WARPS) {
+    VQ_IN(T) query = q + (vq_first_query(at) + (r < at.rows ? r : 0)) * DK;
     float x[PARTS], sum = 0.0f, largest = 0.0f;
     VQ_UNROLL
+    for (int k = 0; k < PARTS; ++k) x[k] = k * 32 + at.lane < DK ? vq_float(query[k * 32 + at.lane]) : 0.0f;
+    VQ_UNROLL
     for (int k = 0; k < PARTS; ++k) {
-      const int d = k * 32 + at.lane;
-      const bool held = d < DK && r < at.rows;
-      x[k] = held ? vq_query<T, DK>(q, params, at, at.first + r, d) : 0.0f;
-      if (held) sum = vq_fma(x[k], mean[at.head * DK + d], sum);
+      if (r >= at.rows) x[k] = 0.0f;
+      sum = vq_fma(x[k], centre[k], sum);
       largest = vq_max(largest, x[k] < 0.0f ? -x[k] : x[k]);
     }
     VQ_UNROLL
@@ -49,7 +53,7 @@ VQ_FN void vq_fold_columns(VQ_SHARED(vq_half) folded, VQ_SHARED(float) mean_scor
     if (at.lane == 0) mean_score[r] = sum * scale, sizes[r] = size;
   }
   VQ_SYNC_GROUP();
-  const float factor = scale * vq_exp2((float)table[VQ_FOLD_EXPONENT]);
+  const float factor = scale * vq_exp2((float)exponent);
   const float factors[2] = {factor * sizes[at.lane % 4 * 2], factor * sizes[at.lane % 4 * 2 + 1]};
   VQ_SHARED(const vq_half) rows = space + at.lane % 8 * STRIDE + at.lane / 8 * 8;
   VQ_LOOP
@@ -257,13 +261,13 @@ VQ_FN void vq_add_rings(VQ_THREAD float (&output)[MC / 16][4], VQ_THREAD const u
   }
 }
 
-// The running sums of all warps of the group -> the outputs of this split.
-template <int MC>
-VQ_FN void vq_gather_columns(VQ_THREAD VqColumnSums<MC>& running, VQ_SHARED(const float) mean_score, VQ_IN(int) table,
-                             VQ_IN(int) params, VQ_OUT(float) sums, VQ_OUT(float) outputs, VQ_SHARED(float) shared,
-                             VQ_THREAD const VqPlace& at, int warps) {
+// The running sums of all warps of the group -> the outputs of this split, from `base` on.
+template <int MC, int WARPS>
+VQ_FN void vq_gather_columns(VQ_THREAD VqColumnSums<MC>& running, VQ_SHARED(const float) mean_score, int base,
+                             VQ_OUT(float) sums, VQ_OUT(float) outputs, VQ_SHARED(float) shared,
+                             VQ_THREAD const VqPlace& at) {
   enum { WIDTH = MC + 4 };  // so that lanes' numbers lie in different memory banks
-  VQ_SHARED(float) tops = shared + warps * VQ_QUERIES * WIDTH;  // after the outputs: [warps, 8] tops, then sums
+  VQ_SHARED(float) tops = shared + WARPS * VQ_QUERIES * WIDTH;  // after the outputs: [warps, 8] tops, then sums
   VQ_SYNC_GROUP();
   VQ_UNROLL
   for (int e = 0; e < 2; ++e) {
@@ -272,7 +276,7 @@ VQ_FN void vq_gather_columns(VQ_THREAD VqColumnSums<MC>& running, VQ_SHARED(cons
     VQ_UNROLL
     for (uint bit = 4; bit <= 16; bit *= 2) sum += vq_shuffle_xor(sum, bit);
     tops[row] = running.top[e];
-    tops[warps * VQ_QUERIES + row] = sum;
+    tops[WARPS * VQ_QUERIES + row] = sum;
     if (query >= at.rows) continue;
     VQ_UNROLL
     for (int n = 0; n < MC / 16; ++n) {
@@ -281,18 +285,19 @@ VQ_FN void vq_gather_columns(VQ_THREAD VqColumnSums<MC>& running, VQ_SHARED(cons
     }
   }
   VQ_SYNC_GROUP();
-  const int base = vq_partial(params, at), width = table[VQ_OUTPUT_WIDTH];
-  for (int i = at.warp * 32 + at.lane; i < at.rows * MC; i += warps * 32) {
+  VQ_LOOP
+  for (int i = at.warp * 32 + at.lane; i < at.rows * MC; i += WARPS * 32) {
     const int row = i / MC, n = i % MC;
-    float top = VQ_LOWEST, sum = 0.0f, out = 0.0f;
-    for (int w = 0; w < warps; ++w) top = vq_max(top, tops[w * VQ_QUERIES + row]);
-    VQ_UNROLL_BY(2)
-    for (int w = 0; w < warps; ++w) {
-      const float share = vq_exp2(tops[w * VQ_QUERIES + row] - top);
-      sum += share * tops[(warps + w) * VQ_QUERIES + row];
+    float own[WARPS], top = VQ_LOWEST, sum = 0.0f, out = 0.0f;
+    VQ_UNROLL
+    for (int w = 0; w < WARPS; ++w) own[w] = tops[w * VQ_QUERIES + row], top = vq_max(top, own[w]);
+    VQ_UNROLL
+    for (int w = 0; w < WARPS; ++w) {
+      const float share = vq_exp2(own[w] - top);
+      sum += share * tops[(WARPS + w) * VQ_QUERIES + row];
       out += share * shared[(w * VQ_QUERIES + row) * WIDTH + n];
     }
-    outputs[(base + row) * width + n] = out;
+    outputs[(base + row) * MC + n] = out;
     if (n == 0) sums[2 * (base + row)] = top + mean_score[row], sums[2 * (base + row) + 1] = sum;
   }
 }
@@ -329,6 +334,14 @@ VQ_FN void vq_fetch_words(VQ_SHARED(uint) to, VQ_IN(uint) from, int words, uint 
     if (own > first) vq_fetch4(to + first * VQ_COLUMN_TOKENS, from + first * capacity);
 }
 
+// So many numbers, a multiple of four -> `to`, while other things are done.
+template <int THREADS>
+VQ_FN void vq_fetch_ints(VQ_SHARED(int) to, VQ_IN(int) from, int count, int worker) {
+  VQ_LOOP
+  for (int k = 4 * worker; k < count; k += 4 * THREADS)
+    vq_fetch4((VQ_SHARED(uint))to + k, (VQ_IN(uint))from + k);
+}
+
 // A tile that was found, as all lanes know it but for `words`: those of its head's keys that this lane copies first. Others
 // behind it may be stepped to while t.token is less than t.tokens; beyond a chunk's capacity nothing is read.
 VQ_FN void vq_know_tile(VQ_THREAD VqTile& t, uint first_word, int lane) {
@@ -339,33 +352,54 @@ VQ_FN void vq_know_tile(VQ_THREAD VqTile& t, uint first_word, int lane) {
   t.words += (size_t)(first_word + (uint)lane / 8) * t.capacity + (own < left ? own : 0);
 }
 
+// What a group asks for first, all at once, since memory is slow to answer: numbers of `params` and `table`, and of the
+// first threads one number each of the entries of keys and values, and of the chunks.
+struct VqWork {
+  int exact, alone, tiles, each, besides, packed, chunks, mask, total_words, exponent, entry, chunk;
+};
+
+// head: of the packed tokens, whose turn it is.
+VQ_FN VqWork vq_work(VQ_IN(int) params, VQ_IN(int) table, int head, int heads, int worker) {
+  VqWork work;
+  work.exact = vq_uniform(params[VQ_EXACT_SPLITS]), work.packed = vq_uniform(params[VQ_PACKED_SPLITS]);
+  work.tiles = vq_uniform(params[VQ_TILES]), work.each = vq_uniform(params[VQ_TILES_PER_SPLIT]);
+  work.alone = vq_uniform(params[VQ_ALONE_GROUPS]), work.besides = vq_uniform(params[VQ_TILES_BESIDES]);
+  work.chunks = vq_uniform(params[VQ_CHUNKS]), work.mask = vq_uniform(params[VQ_MASK_KIND]);
+  work.total_words = vq_uniform(table[VQ_TOTAL_WORDS]), work.exponent = vq_uniform(table[VQ_FOLD_EXPONENT]);
+  work.entry = work.chunk = 0;
+  if (worker < 16) {
+    if (worker % 8 < VQ_HEAD_INTS)
+      work.entry = table[VQ_COLUMN_ENTRY + (worker / 8 * heads + head) * VQ_HEAD_INTS + worker % 8];
+    if (worker < 2 * work.chunks) work.chunk = params[VQ_CHUNK_TABLE + worker];
+  }
+  return work;
+}
+
 // Packed tokens. at.head: whose turn it is, by the order of entries.
 template <typename T, int DK, int MC, int ROW, int WARPS>
 VQ_FN void vq_attend_columns_packed(VQ_IN(T) q, VQ_CHUNK_ARGUMENTS, VqRows held, VQ_IN(uint) fold, VQ_IN(float) mean,
                                     VQ_IN(int) table, VQ_IN(int) lookup_in, VQ_IN(int) params, float scale,
                                     VQ_IN(unsigned char) hidden, VQ_IN(float) added, VQ_OUT(float) sums,
-                                    VQ_OUT(float) outputs, VQ_SHARED(float) shared, VqPlace at) {
+                                    VQ_OUT(float) outputs, VQ_SHARED(float) shared, VQ_THREAD const VqWork& work,
+                                    VqPlace at) {
   typedef VqColumnSpace<MC, ROW> Space;
   enum { THREADS = WARPS * 32 };
   VQ_SHARED(int) chunks = (VQ_SHARED(int))(shared + Space::chunks);
   VQ_SHARED(uint) lookup = (VQ_SHARED(uint))(shared + Space::lookup);
   VQ_SHARED(int) lists = (VQ_SHARED(int))(shared + Space::lists);
   VQ_SHARED(vq_half) folded = (VQ_SHARED(vq_half))(shared + Space::folded);
-  const int worker = at.warp * 32 + at.lane, heads = params[VQ_H];
+  const int worker = at.warp * 32 + at.lane;
   VQ_SHARED(int) key_entry = (VQ_SHARED(int))(shared + Space::entries);
   VQ_SHARED(int) value_entry = key_entry + 8;
-  if (worker < 16 && worker % 8 < VQ_HEAD_INTS)
-    key_entry[worker] = table[VQ_COLUMN_ENTRY + (worker / 8 * heads + at.head) * VQ_HEAD_INTS + worker % 8];
-  const int total_words = table[VQ_TOTAL_WORDS], count = params[VQ_CHUNKS];
-  const bool masked = params[VQ_MASK_KIND] != VQ_NO_MASK;
-  const int each = params[VQ_TILES_PER_SPLIT], behind = at.split - params[VQ_EXACT_SPLITS] - params[VQ_ALONE_GROUPS];
-  const int own_tiles = behind < 0 ? each : params[VQ_TILES_BESIDES];
-  const int first_tile = params[VQ_ALONE_GROUPS] * each + behind * own_tiles;
+  vq_fetch_ints<THREADS>((VQ_SHARED(int))lookup, lookup_in, VQ_LOOKUP, worker);
+  if (worker < 16) key_entry[worker] = work.entry, chunks[worker] = work.chunk;
+  const int total_words = work.total_words, count = work.chunks;
+  const bool masked = work.mask != VQ_NO_MASK;
+  const int behind = at.split - work.exact - work.alone, own_tiles = behind < 0 ? work.each : work.besides;
+  const int first_tile = work.alone * work.each + behind * own_tiles;
   int last_tile = first_tile + own_tiles, i = first_tile + at.warp;
-  if (last_tile > params[VQ_TILES]) last_tile = params[VQ_TILES];
+  if (last_tile > work.tiles) last_tile = work.tiles;
   i = vq_uniform(i), last_tile = vq_uniform(last_tile);
-  if (worker < 16) chunks[worker] = worker < 2 * count ? params[VQ_CHUNK_TABLE + worker] : 0;
-  for (int k = worker; k < VQ_LOOKUP; k += THREADS) lookup[k] = lookup_in[k];
   VQ_SYNC_GROUP();
   const int value_list = key_entry[1], value_words = key_entry[2] * VQ_COLUMN_TOKENS;  // where they begin
   const int warp_floats = Space::staged + value_words + value_entry[2] * VQ_COLUMN_TOKENS;
@@ -376,6 +410,9 @@ VQ_FN void vq_attend_columns_packed(VQ_IN(T) q, VQ_CHUNK_ARGUMENTS, VqRows held,
   const uint first_word = vq_uniform(key_entry[3]), to_values = vq_uniform(value_entry[3]) - first_word;
   VQ_SHARED(uint) own_words = vq_kept(staged + at.lane, at.lane);
   VQ_SHARED(vq_half) own_row = vq_kept(tile + at.lane * ROW, at.lane);
+  vq_fetch_ints<THREADS>(lists, table + key_entry[0], value_list, worker);
+  vq_fetch_ints<THREADS>(lists + value_list, table + value_entry[0], value_entry[1], worker);
+  vq_stage_nothing();
   VqTile t;
   if (i < last_tile) {
     t = vq_find_tile<VQ_COLUMN_TOKENS>(chunks, count, VQ_CHUNK_NAMES, i, held.packed, total_words, at.batch);
@@ -383,12 +420,10 @@ VQ_FN void vq_attend_columns_packed(VQ_IN(T) q, VQ_CHUNK_ARGUMENTS, VqRows held,
     vq_fetch_words(own_words + 3 * at.lane, t.words, key_count, t.capacity, at.lane);
   }
   vq_stage_nothing();
-  for (int part = 0; part < 2; ++part) {
-    VQ_SHARED(const int) entry = part ? value_entry : key_entry;
-    for (int k = worker; k < entry[1]; k += THREADS) lists[(part ? value_list : 0) + k] = table[entry[0] + k];
-  }
   at.head = vq_uniform(key_entry[5]);
-  vq_fold_columns<T, DK, MC, WARPS>(folded, shared, (VQ_SHARED(vq_half))warps, q, fold, mean, table, params, scale, at);
+  const int base = ((at.batch * at.heads + at.head) * (work.exact + work.packed) + at.split) * at.queries + at.first;
+  vq_fold_columns<T, DK, MC, WARPS>(folded, shared, (VQ_SHARED(vq_half))warps, q, fold, mean, work.exponent, scale, at);
+  vq_stage_wait();  // for the lists, not for the words
   VQ_SYNC_GROUP();
   // What is never written must not be NaN.
   const uint zeros[4] = {0u, 0u, 0u, 0u};
@@ -449,7 +484,7 @@ VQ_FN void vq_attend_columns_packed(VQ_IN(T) q, VQ_CHUNK_ARGUMENTS, VqRows held,
       VQ_SYNC_WARP();
     }
   }
-  vq_gather_columns<MC>(running, shared, table, params, sums, outputs, warps, at, WARPS);
+  vq_gather_columns<MC, WARPS>(running, shared, base, sums, outputs, warps, at);
 }
 
 // One thread group: y head (of packed tokens, whose turn it is) and batch row, z eight queries of a group of query heads.
@@ -460,20 +495,20 @@ VQ_FN void vq_attend_columns(VQ_IN(T) q, VQ_IN(T) keys, VQ_IN(T) values, VQ_CHUN
                              VQ_IN(int) params, VQ_IN(float) scale, VQ_IN(unsigned char) hidden, VQ_IN(float) added,
                              VQ_OUT(float) sums, VQ_OUT(float) outputs, VQ_SHARED(float) shared, int x, int y, int z,
                              int worker) {
-  const int exact = params[VQ_EXACT_SPLITS], alone = params[VQ_ALONE_GROUPS];
   VqPlace at = vq_place<VQ_QUERIES>(params, x, y, z, worker);
+  const VqWork work = vq_work(params, table, at.head, at.heads, worker);
   at.lane = vq_held_lane(at.lane), at.warp = vq_uniform(at.warp);
   const VqRows held = vq_rows(rows, at.batch);
-  if (x >= alone) {
+  if (x >= work.alone) {
     VQ_LOOP
-    for (at.split = x - alone; at.split < exact; at.split += params[VQ_EXACT_GROUPS]) {
+    for (at.split = x - work.alone; at.split < work.exact; at.split += params[VQ_EXACT_GROUPS]) {
       vq_attend_exact<T, DK, DV, VQ_QUERIES>(q, keys, values, held, params, table[VQ_OUTPUT_WIDTH], scale[0], hidden,
                                              added, sums, outputs, shared, at, WARPS * 32);
     }
-    if (x >= params[VQ_PACKED_SPLITS]) return;
+    if (x >= work.packed) return;
     VQ_SYNC_GROUP();
   }
-  at.split = exact + x;
+  at.split = work.exact + x;
   vq_attend_columns_packed<T, DK, MC, ROW, WARPS>(q, VQ_CHUNK_NAMES, held, fold, mean, table, lookup, params, scale[0],
-                                                  hidden, added, sums, outputs, shared, at);
+                                                  hidden, added, sums, outputs, shared, work, at);
 }
