@@ -2,7 +2,7 @@
 // threads of each of PARTS parts, which share the splits and then the coordinates.
 // shared: [VQ_MOST_SPLITS] shares of the splits, [PARTS, DV] sums in the basis of the codes, then of the values,
 // [2] totals.
-enum { VQ_MOST_SPLITS = 1024, VQ_MERGE_AHEAD = 8 };
+enum { VQ_MOST_SPLITS = 1024, VQ_MERGE_AHEAD = 9, VQ_SUMS_AHEAD = 2 };
 
 template <typename T, int DV, int PARTS>
 VQ_FN void vq_merge(VQ_IN(float) sums, VQ_IN(float) outputs, VQ_IN(float) unfold, VQ_IN(float) mean,
@@ -10,13 +10,14 @@ VQ_FN void vq_merge(VQ_IN(float) sums, VQ_IN(float) outputs, VQ_IN(float) unfold
                     VQ_SHARED(float) shared, int query, int plane, int worker) {
   const int exact = params[VQ_EXACT_SPLITS], splits = exact + params[VQ_PACKED_SPLITS];
   const int queries = params[VQ_G] * params[VQ_L], head = plane % params[VQ_H], lane = worker % 32;
+  const int width = table[VQ_OUTPUT_WIDTH], stored = table[VQ_VALUE_ROWS], orders = table[VQ_VALUE_ORDER];
   VQ_SHARED(float) shares = shared;
   VQ_SHARED(float) folded = shared + VQ_MOST_SPLITS;
   VQ_SHARED(float) totals = folded + PARTS * DV;
   VQ_IN(float) own = sums + 2 * (plane * splits * queries + query);
   const bool sinks = params[VQ_SINKS];
   const float logit = sinks ? sink_logits[head * params[VQ_G] + query / params[VQ_L]] * 1.44269504f : VQ_LOWEST;
-  const int d = worker % DV, part = worker / DV, stored = table[VQ_VALUE_ROWS];
+  const int d = worker % DV, part = worker / DV;
   // A part's share of the basis, asked for before anything is waited for.
   const int share = (DV + PARTS - 1) / PARTS, first = part * share;
   VQ_IN(float) column = unfold + (head * stored + first) * DV + d;
@@ -25,25 +26,49 @@ VQ_FN void vq_merge(VQ_IN(float) sums, VQ_IN(float) outputs, VQ_IN(float) unfold
   VQ_UNROLL
   for (int n = 0; n < ahead; ++n) basis[n] = first + n < stored ? column[n * DV] : 0.0f;
   // So are its first outputs.
-  const int width = table[VQ_OUTPUT_WIDTH];
-  VQ_IN(int) order = table + table[VQ_VALUE_ORDER] + head * width;
-  const bool ordered = table[VQ_VALUE_ORDER] > 0;
+  VQ_IN(int) order = table + orders + head * width;
+  const bool ordered = orders > 0;
   VQ_IN(float) out = outputs + (plane * splits * queries + query) * width;
   const int columns = ordered ? width : stored;
-  float packed_ahead[VQ_MERGE_AHEAD];
+  float packed_ahead[2][VQ_MERGE_AHEAD];
   VQ_UNROLL
-  for (int i = 0; i < VQ_MERGE_AHEAD; ++i) {
-    const int s = exact + part + i * PARTS;
-    packed_ahead[i] = s < splits && d < columns ? out[s * queries * width + d] : 0.0f;  // before its coordinate is known
+  for (int turn = 0; turn < 2; ++turn) {
+    VQ_UNROLL
+    for (int i = 0; i < VQ_MERGE_AHEAD; ++i) {
+      const int s = exact + part + i * PARTS, n = d + turn * DV;  // before their coordinates are known
+      packed_ahead[turn][i] = s < splits && n < columns ? out[s * queries * width + n] : 0.0f;
+    }
   }
-  const int own_coordinate = d >= columns ? -1 : ordered ? order[d] : d;
+  int coordinates[2];
+  VQ_UNROLL
+  for (int turn = 0; turn < 2; ++turn) {
+    const int n = d + turn * DV;
+    coordinates[turn] = n >= columns ? -1 : ordered ? order[n] : n;
+  }
   const float exact_ahead = part < exact ? out[part * queries * width + d] : 0.0f;
+  float tops[VQ_SUMS_AHEAD], totals_ahead[VQ_SUMS_AHEAD];
+  VQ_UNROLL
+  for (int i = 0; i < VQ_SUMS_AHEAD; ++i) {
+    const int s = lane + 32 * i;
+    const bool there = worker < 32 && s < splits;
+    tops[i] = there ? own[2 * s * queries] : VQ_LOWEST, totals_ahead[i] = there ? own[2 * s * queries + 1] : 0.0f;
+  }
   if (worker < 32) {  // one warp finds what each split counts for
     float top = logit, total = 0.0f, packed_total = 0.0f;
-    for (int s = lane; s < splits; s += 32) top = vq_max(top, own[2 * s * queries]);
+    VQ_UNROLL
+    for (int i = 0; i < VQ_SUMS_AHEAD; ++i) top = vq_max(top, tops[i]);
+    for (int s = lane + 32 * VQ_SUMS_AHEAD; s < splits; s += 32) top = vq_max(top, own[2 * s * queries]);
     VQ_UNROLL
     for (uint bit = 16; bit; bit /= 2) top = vq_max(top, vq_shuffle_xor(top, bit));
-    for (int s = lane; s < splits; s += 32) {
+    VQ_UNROLL
+    for (int i = 0; i < VQ_SUMS_AHEAD; ++i) {
+      const int s = lane + 32 * i;
+      const float weight = vq_exp2(tops[i] - top), sum = totals_ahead[i] * weight;
+      if (s < splits) shares[s] = weight;
+      total += sum;
+      if (s >= exact) packed_total += sum;
+    }
+    for (int s = lane + 32 * VQ_SUMS_AHEAD; s < splits; s += 32) {
       const float weight = vq_exp2(own[2 * s * queries] - top), sum = own[2 * s * queries + 1] * weight;
       shares[s] = weight;
       total += sum;
@@ -58,19 +83,21 @@ VQ_FN void vq_merge(VQ_IN(float) sums, VQ_IN(float) outputs, VQ_IN(float) unfold
   }
   folded[worker] = 0.0f;
   VQ_SYNC_GROUP();
-  if (own_coordinate >= 0) {
+  VQ_UNROLL
+  for (int turn = 0; turn < 2; ++turn) {
+    if (coordinates[turn] < 0) continue;
     float packed = 0.0f;
     VQ_UNROLL
     for (int i = 0; i < VQ_MERGE_AHEAD; ++i) {
       const int s = exact + part + i * PARTS;
-      if (s < splits) packed = vq_fma(packed_ahead[i], shares[s], packed);
+      if (s < splits) packed = vq_fma(packed_ahead[turn][i], shares[s], packed);
     }
     VQ_UNROLL_BY(8)
     for (int s = exact + part + VQ_MERGE_AHEAD * PARTS; s < splits; s += PARTS)
-      packed = vq_fma(out[s * queries * width + d], shares[s], packed);
-    folded[part * DV + own_coordinate] = packed;
+      packed = vq_fma(out[s * queries * width + d + turn * DV], shares[s], packed);
+    folded[part * DV + coordinates[turn]] = packed;
   }
-  for (int n = d + DV; n < columns; n += DV) {
+  for (int n = d + 2 * DV; n < columns; n += DV) {
     const int coordinate = ordered ? order[n] : n;
     if (coordinate < 0) continue;
     float packed = 0.0f;
