@@ -18,7 +18,7 @@ from typing import Any
 import measure
 import mlx.core as mx
 import mlx_lm
-from kernel import DIMS, EXACT, GROUP, HEADS, snapshot
+from kernel import DIMS, EXACT, GROUP, HEADS, snapshots
 from memory import fill
 from mlx_lm.models.cache import trim_prompt_cache
 from tqdm import tqdm
@@ -88,7 +88,7 @@ def attention_rows(bits: list[float], rounds: int, progress: Any) -> list[dict[s
         keys, values = (mx.random.normal(shape).astype(mx.bfloat16) for _ in range(2))
         mx.eval(queries, keys, values)
         for b in bits:
-            held = snapshot(tokens, 1, b)
+            (held,) = snapshots(tokens, 1, b, 1)
             mx.clear_cache()
 
             def codes(held: Snapshot = held) -> mx.array:
@@ -123,7 +123,7 @@ def chained(step: Callable[[mx.array], mx.array], start: mx.array) -> Callable[[
 
 def parts(bits: float, rounds: int, progress: Any) -> dict[str, float]:
     """Nanoseconds per cached number on one core: a head's codes to levels, and its products with GROUP queries."""
-    held = snapshot(CONTEXTS[1], 1, bits)
+    (held,) = snapshots(CONTEXTS[1], 1, bits, 1)
     quantizer = held.key_quantizer
     tokens = attention._tile_tokens(held, mx.zeros((1, GROUP, DIMS)), 1)
     words = mx.contiguous(held.words(0, tokens)[0])

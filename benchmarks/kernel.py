@@ -2,14 +2,18 @@
 
     python benchmarks/kernel.py
 
-Shape of Llama-3.1-8B (32 query heads, 8 KV heads of 128), random codes, one query a row. Times are medians of nine
-runs of 60 evaluations, by turns, and `times_as_fast` that of their ratios; without Python's building of their graphs:
-while a model decodes, the graph of a step is built when the one before runs (speed.py tells how long that takes). Bytes
-are those of the codes (or of bfloat16 keys and values), also as a share of what a copy of 2 GB moves. `attend` is the
-kernel on the codes alone, `whole` with the merging of its splits.
+Shape of Llama-3.1-8B (32 query heads, 8 KV heads of 128), random codes, one query a row. Times are medians of seven
+runs of 240 evaluations, by turns, and `times_as_fast` that of their ratios; without Python's building of their graphs:
+while a model decodes, the graph of a step is built when the one before runs (speed.py tells how long that takes). That
+many, because the GPU waits until the first graph of a run is sent, about 0.6 ms. Bytes are those of the codes (or of
+bfloat16 keys and values), also as a share of what a copy of 2 GB moves. `attend` is the kernel on the codes alone,
+`whole` with the merging of its splits. These wait for nothing, and begin while the ones before them end; `in_turn` has
+each take the result of the one before as its queries, as the layers of a model do, and so counts every launch from its
+beginning to its end.
 """
 
 import argparse
+import functools
 import itertools
 import json
 import os
@@ -37,17 +41,23 @@ EXACT = 208
 ROTATED_BYTES = 2e8  # inputs are rotated until they no longer fit a cache
 
 
-Calls = Sequence[Callable[[], Any]]
+Calls = Sequence[Callable[[mx.array], Any]]  # of queries
 
 
-def microseconds(every: Sequence[Calls], count: int = 60, rounds: int = 9) -> list[list[float]]:
+def microseconds(
+    every: Sequence[Calls], queries: mx.array, in_turn: bool = False, count: int = 240, rounds: int = 7
+) -> list[list[float]]:
     """Times of one call, in turn from `calls`, of each of `every`, which take turns: a GPU's clock is not the same from
-    one second to the next."""
-    mx.eval([call() for calls in every for call in calls])
+    one second to the next. in_turn: whether a call takes the result of the one before."""
+    mx.eval([call(queries) for calls in every for call in calls])
     times: list[list[float]] = [[] for _ in every]
     for _ in range(rounds):
         for own, calls in zip(times, every, strict=True):
-            lazy = [call() for call in itertools.islice(itertools.cycle(calls), count)]
+            called = itertools.islice(itertools.cycle(calls), count)
+            if in_turn:
+                lazy = functools.reduce(lambda x, call: call(x), called, queries)
+            else:
+                lazy = [call(queries) for call in called]
             start = time.perf_counter()
             mx.eval(lazy)
             mx.synchronize()
@@ -59,27 +69,33 @@ def copy_rate() -> float:
     """Bytes read and written per second by an elementwise operation on 2 GB."""
     x = mx.zeros((1 << 29,), mx.uint32)
     mx.eval(x)
-    return 2 * x.nbytes / statistics.median(microseconds([[lambda: x + 1]], 6)[0]) * 1e6
+    return 2 * x.nbytes / statistics.median(microseconds([[lambda y: y + 1]], x, count=6)[0]) * 1e6
 
 
-def full_precision(tokens: int, batch: int, queries: mx.array) -> Calls:
+def sets_of(nbytes: float) -> int:
+    """How many inputs of so many bytes are rotated."""
+    return int(ROTATED_BYTES // nbytes) + 1
+
+
+def full_precision(tokens: int, batch: int) -> Calls:
     """MLX's own attention."""
-    sets = min(8, int(ROTATED_BYTES // (4 * batch * tokens * HEADS * DIMS)) + 1)
+    sets = sets_of(4 * batch * tokens * HEADS * DIMS)
     shape = (batch, HEADS, tokens, DIMS)
     held = [tuple(mx.random.normal(shape).astype(mx.bfloat16) for _ in range(2)) for _ in range(sets)]
     mx.eval(held)
-    return [lambda k=k, v=v: mx.fast.scaled_dot_product_attention(queries, k, v, scale=DIMS**-0.5) for k, v in held]
+    return [lambda q, k=k, v=v: mx.fast.scaled_dot_product_attention(q, k, v, scale=DIMS**-0.5) for k, v in held]
 
 
-def snapshot(tokens: int, batch: int, bits: float) -> Snapshot:
-    """A cache of random codes."""
+def snapshots(tokens: int, batch: int, bits: float, sets: int) -> list[Snapshot]:
+    """Caches of random codes."""
     keys, values = (doctor.quantizer(DIMS, HEADS, bits, seed) for seed in (0, 1))
     packed = (tokens - EXACT) // 4 * 4
-    words = mx.random.randint(0, 2**31, (batch, keys.words + values.words, packed)).astype(mx.uint32)
+    shape = batch, keys.words + values.words, packed
+    words = [mx.random.randint(0, 2**31, shape).astype(mx.uint32) for _ in range(sets)]
     exact = [mx.random.normal((batch, HEADS, 256, DIMS)).astype(mx.bfloat16) for _ in range(2)]
     mx.eval(words, exact)
     rows = rows_of((4,) * batch, (4,) * batch, EXACT, (packed,) * batch)
-    return Snapshot(exact[0], exact[1], Packed([(words, packed)]), rows, keys, values)
+    return [Snapshot(exact[0], exact[1], Packed([(w, packed)]), rows, keys, values) for w in words]
 
 
 def first_use(place: str) -> dict[str, Any]:
@@ -121,21 +137,22 @@ def main() -> None:
     bits = [float(b) for b in args.bits.split(",")]
     for tokens, batch in tqdm(SHAPES, unit="shape"):
         queries = mx.random.normal((batch, HEADS * GROUP, 1, DIMS)).astype(mx.bfloat16)
-        full = full_precision(tokens, batch, queries)
+        full = full_precision(tokens, batch)
         for b in bits:
-            held = snapshot(tokens, batch, b)
-            plan, operands = steps.step(held, queries, scale, None, None, place)
-            launch = steps.parts_launch(plan, operands)
-            mx.eval(list(launch.inputs))
-            times = microseconds([
-                full, [lambda h=held, q=queries: doctor.attend_codes(h, q, scale, None, None, place)],
-                [lambda x=launch: kernels.run(x, place)],
-            ])  # fmt: skip
-            medians = [statistics.median(own) for own in times]
-            rows.append({"tokens": tokens, "batch": batch, "bits": b, "full_us": medians[0], "whole_us": medians[1],
-                         "attend_us": medians[2],
-                         "times_as_fast": statistics.median(a / b for a, b in zip(*times[:2], strict=True)),
-                         "share_of_copy_rate": held.packed[0][0].nbytes / (medians[2] * 1e-6) / rate})  # fmt: skip
+            held = snapshots(tokens, batch, b, sets_of(batch * tokens * HEADS * 2 * DIMS * b / 8))
+            whole = [lambda q, h=h: doctor.attend_codes(h, q, scale, None, None, place) for h in held]
+            launches = [steps.parts_launch(*steps.step(h, queries, scale, None, None, place)) for h in held]
+            mx.eval([list(launch.inputs) for launch in launches])
+            attend = [lambda _, x=launch: kernels.run(x, place) for launch in launches]
+            apart = microseconds([full, whole, attend], queries)
+            in_turn = microseconds([full, whole], queries, in_turn=True)
+            row = {"tokens": tokens, "batch": batch, "bits": b}
+            for name, times in (("", apart), ("in_turn_", in_turn)):
+                names = ("full_us", "whole_us", "attend_us")
+                row |= {name + n: statistics.median(own) for n, own in zip(names, times, strict=False)}
+                row[name + "times_as_fast"] = statistics.median(a / b for a, b in zip(*times[:2], strict=True))
+            row["share_of_copy_rate"] = held[0].packed[0][0].nbytes / (row["attend_us"] * 1e-6) / rate
+            rows.append(row)
     result = {**uses, "copy_bytes_per_s": rate, "rows": rows}
     measure.save(measure.RESULTS / "kernel.json", result)
     print(json.dumps(result))

@@ -48,16 +48,19 @@ def kernel(result: dict[str, Any]) -> str:
     """Times of attention on codes, beside those of MLX's own."""
     lines = [
         f"{result['machine']['device']}, shape of Llama-3.1-8B, microseconds of a layer's attention for one new token "
-        "(without the time in which Python builds its graph), medians of runs by turns, and of their ratios:",
+        "(without the time in which Python builds its graph), medians of runs by turns, and of their ratios. They wait "
+        "for nothing, and begin while those before them end; in turn, each waits for the result of the one before, as "
+        "the layers of a model do:",
         "",
-        "| context, batch | bits | MLX's attention, bfloat16 | on codes | times as fast | the splits alone | "
-        "share of the copy rate |",
-        "|---|---|---|---|---|---|---|",
+        "| context, batch | bits | MLX's attention, bfloat16 | on codes | times as fast | in turn, bfloat16 | "
+        "in turn, on codes | times as fast | the splits alone | share of the copy rate |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in result["rows"]:
         lines.append(
             f"| {row['tokens']:,}, {row['batch']} | {row['bits']:g} | {row['full_us']:.0f} | {row['whole_us']:.0f} | "
-            f"{row['times_as_fast']:.2f} | {row['attend_us']:.0f} | {row['share_of_copy_rate']:.1%} |"
+            f"{row['times_as_fast']:.2f} | {row['in_turn_full_us']:.0f} | {row['in_turn_whole_us']:.0f} | "
+            f"{row['in_turn_times_as_fast']:.2f} | {row['attend_us']:.0f} | {row['share_of_copy_rate']:.1%} |"
         )
     lines += [
         "",
