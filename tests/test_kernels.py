@@ -149,6 +149,117 @@ def test_a_group_may_take_several_splits(mask, besides, monkeypatch):
     assert error <= doctor.allowed(case, own)
 
 
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("sinks", [False, True])
+@pytest.mark.parametrize(
+    ("exact", "packed", "dims", "width"),
+    [
+        (0, 1, 64, 0),
+        (1, 36, 64, 0),  # all of them read ahead; 0: in the order of the coordinates
+        (3, 37, 64, 128),
+        (5, 60, 64, 144),  # more columns than are read ahead, and more splits than two for each lane
+        (2, 150, 80, 176),
+        (70, 3, 64, 160),
+        (3, 40, 192, 400),  # two parts
+    ],
+)
+def test_splits_are_merged_however_many_there_are(exact, packed, dims, width, sinks, place):
+    """Also those beyond what is read before anything is waited for."""
+    heads, group, length, parts = 2, 2, 1, 4 if dims <= 128 else 2
+    rng, splits, rows, stored = np.random.default_rng(exact), exact + packed, group * length, dims - 3
+    sums = rng.normal(size=(heads, splits, rows, 2)) * [5, 1]
+    sums[..., 1] = np.exp2(sums[..., 1])
+    sums[0, :, 0] = -1e30, 0.0  # a query of which nothing is visible
+    sums[1, :, :, 0] -= 300.0  # too small for float32, unless relative to the maximum
+    sums[1, -1, 1, 0] += 600.0  # too large, unless it is found in the last split
+    outputs = rng.normal(size=(heads, splits, rows, width or dims))
+    unfold, mean = rng.normal(size=(heads, stored, dims)), rng.normal(size=(heads, dims))
+    order = np.full((heads, width), -1)
+    for h in range(heads if width else 0):
+        order[h, rng.permutation(width)[:stored]] = rng.permutation(stored)
+    table = np.concatenate([[0, 0, 0, stored, width or dims, 16 if width else 0, *[0] * 10], order.ravel()])
+    params = [1, heads, group, length, exact, packed, *[0] * 9, int(sinks), *[0] * 5]
+    logits = rng.normal(size=heads * group)
+    launch = kernels.Launch(
+        kernels.MERGE,
+        [mx.array(x.astype(np.float32)) for x in (sums, outputs, unfold, mean, logits)]
+        + [mx.array(np.array(x, np.int32)) for x in (table, params)],
+        [(1, heads * group, length, dims)],
+        [mx.float32],
+        (rows, heads, 1),
+        parts * dims,
+        4 * (launches.MOST_SPLITS + parts * dims + 2),
+        (("T", mx.float32), ("DV", dims), ("PARTS", parts)),
+    )
+    found = numpy(run(launch, place)[0]).reshape(heads, rows, dims)
+    weights = np.exp2(sums[..., 0])
+    for h in range(heads):
+        for r in range(rows):
+            codes = weights[h, exact:, r] @ outputs[h, exact:, r]
+            folded = codes[:stored]
+            if width:
+                folded = np.zeros(stored)
+                folded[order[h][order[h] >= 0]] = codes[order[h] >= 0]
+            own = weights[h, :exact, r] @ outputs[h, :exact, r, :dims] + folded @ unfold[h]
+            each = weights[h, :, r] * sums[h, :, r, 1]
+            total = each.sum() + (np.exp(logits[h * group + r]) if sinks else 0.0)
+            expected = (own + each[exact:].sum() * mean[h]) / total if total else np.zeros(dims)
+            np.testing.assert_allclose(found[h, r], expected, atol=1e-4 * (1 + np.abs(expected).max()))
+
+
+def alone(held):
+    """The same cache with no number in the columns of no exact token."""
+    columns, rows = np.arange(held.exact_keys.shape[2])[None], held.layout
+    sinks, start = (np.array(x)[:, None] for x in (rows.held_sinks, rows.window_start))
+    there = mx.array((columns < sinks) | ((columns >= start) & (columns < rows.window_end)))[:, None, :, None]
+    exact = [mx.where(there, x, mx.array(float("nan"), x.dtype)) for x in (held.exact_keys, held.exact_values)]
+    return dataclasses.replace(held, exact_keys=exact[0], exact_values=exact[1])
+
+
+@pytest.mark.usefixtures("_planned_anew")
+@pytest.mark.parametrize("left", [20, 0])
+@pytest.mark.parametrize("window", [300, 250])
+@pytest.mark.parametrize(("dims", "length"), [((96, 64), 3), ((64, 128), 1), ((192, 192), 2), ((256, 256), 1)])
+def test_exact_tokens_in_turn_where_a_row_has_few_of_them(dims, length, window, left, monkeypatch):
+    """One group takes all splits of exact tokens, and then packed ones; of a row most of these splits are empty, or
+    all. Two threads share a coordinate of the values, or (more of those than half the threads) one has several."""
+
+    def split(exact, in_turn, tiles, *_):
+        return steps.Split(1, 1, -(-tiles // 2), tiles // 2) if in_turn else steps.Split(exact, 1, tiles, 0)
+
+    monkeypatch.setattr(steps, "_split", split)
+    case = doctor.Case(*dims, bits=2.25, batch=2, mask="causal", tokens=600, window=window, length=length)
+    held = doctor.snapshot(case)
+    packed = held.layout.packed_tokens
+    layout = doctor.rows_of((4, 4 if left else 0), (4, 4 + window - left), 4 + window, packed)
+    held = alone(dataclasses.replace(held, layout=layout))
+    monkeypatch.setattr(doctor, "snapshot", lambda case: held)
+    error, own = doctor.compare(case, PLACE, run)
+    assert error <= doctor.allowed(case, own)
+
+
+@pytest.mark.usefixtures("_planned_anew")
+@pytest.mark.parametrize("warps", [2, 4, 5, 6])
+@pytest.mark.parametrize(("dims", "length"), [((64, 64), 5), ((80, 80), 1), ((64, 96), 3)])
+def test_float32_of_more_warps_than_one(dims, length, warps, monkeypatch):
+    """As on CUDA: sixteen queries, and where there are threads enough two for a coordinate of exact values."""
+    monkeypatch.setattr(launches, "group_of", lambda key_dims, value_dims, *rest: (key_dims, value_dims, warps))
+    case = doctor.Case(*dims, bits=1.75 + warps / 64, length=length, mask="causal", dtype=mx.float32, window=100)
+    error, own = doctor.compare(case, PLACE, run)
+    assert error <= doctor.allowed(case, own)
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize(("dims", "window"), [((64, 64), 33), ((64, 128), 56), ((256, 256), 77)])
+def test_columns_of_no_exact_token_are_not_read(dims, window, place, monkeypatch):
+    """They may hold anything: what is read of a token besides counts for nothing, unless it is no number."""
+    case = doctor.Case(*dims, bits=2.25, batch=2, length=3, mask="causal", window=window)
+    held = alone(doctor.snapshot(case))
+    monkeypatch.setattr(doctor, "snapshot", lambda case: held)
+    error, own = doctor.compare(case, place, run)
+    assert error <= doctor.allowed(case, own)
+
+
 def test_a_back_end_that_is_not_here_is_refused(monkeypatch):
     other = "cuda" if kernels.backend() == "metal" else "metal"
     monkeypatch.setenv(kernels.VARIABLE, other)
