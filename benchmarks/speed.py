@@ -8,8 +8,8 @@ Shape of Llama-3.1-8B with random weights, and a codec that nobody calibrated: t
 are filled through their own update_and_fetch, encoding included, and not by the model. One row is decoded by mlx-lm's
 generate_step, several by the GenerationBatch of its server, both of which build a step while the last one runs. Hosts
 change their speed within seconds, so kinds of caches that fit into memory together take turns of a block of steps, and
-are compared within a round; mlx-lm's BatchKVCache, which does not fit beside others, is timed alone. A shape that is
-finished is saved, and not run again.
+are compared within a round. mlx-lm's are timed alone as well, since nobody holds others beside them (BatchKVCache only
+so: it does not fit beside others). A shape that is finished is saved, and not run again.
 """
 
 import argparse
@@ -30,6 +30,7 @@ from calibration import LLAMA_8B, random_model
 from mlx import nn
 from mlx_lm.generate import GenerationBatch, StopSequences, generate_step, generation_stream
 from mlx_lm.models.cache import BatchKVCache, KVCache
+from speed_tables import ALONE
 from tqdm import tqdm
 
 from vq_kvcache import SpectralKVCache, doctor, kernels
@@ -85,7 +86,7 @@ def empty(kind: str, plan: Plan | None, model: Any, batch: int) -> list[Any]:
     server, which mask padding, or "KVCache without padding"."""
     layers = range(len(model.layers))
     if plan is None:
-        return [BatchKVCache([0] * batch) if kind == "BatchKVCache" else KVCache() for _ in layers]
+        return [BatchKVCache([0] * batch) if kind.startswith("BatchKVCache") else KVCache() for _ in layers]
     caches = [SpectralKVCache(plan, i) if batch == 1 else BatchSpectralKVCache([0] * batch, plan, i) for i in layers]
     bare = intercept.attended_only(model, layers)  # as make_prompt_cache finds out
     for i, cache in enumerate(caches):
@@ -286,11 +287,12 @@ def measure_all(args: argparse.Namespace, results: measure.Results, config: dict
 
     def decode_cells(weights: str, shapes: str) -> None:
         for tokens, batch in (map(int, shape.split("x")) for shape in shapes.split(",") if shape):
-            alone: dict[str, Plan | None] = {} if batch == 1 else {"BatchKVCache": None}
-            by_turns = {"KVCache" if batch == 1 else "KVCache without padding": None} | spectral
+            own = "KVCache" if batch == 1 else "KVCache without padding"
+            groups = [{kind + ALONE: None} for kind in ([own] if batch == 1 else ["BatchKVCache", own])]
+            groups.append({own: None} | spectral)
             results.cell(
                 f"decode {weights} {tokens}x{batch}",
-                {", ".join(kinds): kinds for kinds in (alone, by_turns) if kinds},
+                {"; ".join(kinds): kinds for kinds in groups},
                 lambda _, kinds, t=tokens, b=batch: decode_kinds(model, config, kinds, t, b, args.rounds),
             )
 
