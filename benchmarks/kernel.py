@@ -147,10 +147,10 @@ def main() -> None:
             apart = microseconds([full, whole, attend], queries)
             in_turn = microseconds([full, whole], queries, in_turn=True)
             row = {"tokens": tokens, "batch": batch, "bits": b}
-            for name, times in (("", apart), ("in_turn_", in_turn)):
-                names = ("full_us", "whole_us", "attend_us")
-                row |= {name + n: statistics.median(own) for n, own in zip(names, times, strict=False)}
-                row[name + "times_as_fast"] = statistics.median(a / b for a, b in zip(*times[:2], strict=True))
+            for way, times in (("", apart), ("in_turn_", in_turn)):
+                names = ("full_us", "whole_us", "attend_us")[: len(times)]
+                row |= {way + name: statistics.median(own) for name, own in zip(names, times, strict=True)}
+                row[way + "times_as_fast"] = statistics.median(a / b for a, b in zip(*times[:2], strict=True))
             row["share_of_copy_rate"] = held[0].packed[0][0].nbytes / (row["attend_us"] * 1e-6) / rate
             rows.append(row)
     result = {**uses, "copy_bytes_per_s": rate, "rows": rows}

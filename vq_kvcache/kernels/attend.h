@@ -18,8 +18,8 @@ enum { VQ_NO_MASK, VQ_CAUSAL, VQ_BOOL_MASK, VQ_ADDED_MASK };
 
 #define VQ_LOWEST -1e30f
 
-// What a thread knows of its place. queries: of each KV head, which follow one another; first: the first of these that is
-// here; rows: how many of them are.
+// What a thread knows of its place. queries: of each KV head, which follow one another; first, rows: this group's range of
+// them.
 struct VqPlace {
   int split, head, batch, heads, queries, first, rows, warp, lane;
 };
@@ -60,17 +60,17 @@ VQ_FN float vq_masked(float score, VQ_IN(int) params, VQ_IN(unsigned char) hidde
 
 VQ_FN float vq_weight(float score, float top) { return score > 0.5f * VQ_LOWEST ? vq_exp2(score - top) : 0.0f; }
 
-// The first query that is here, among all.
-VQ_FN int vq_first_query(VQ_THREAD const VqPlace& at) { return (at.batch * at.heads + at.head) * at.queries + at.first; }
+// This group's first query, among all.
+VQ_FN int vq_first_query(VQ_THREAD const VqPlace& at) {
+  return (at.batch * at.heads + at.head) * at.queries + at.first;
+}
 
 // Where the outputs of this split begin; the queries of this group follow one another.
-VQ_FN int vq_partial(VQ_IN(int) params, VQ_THREAD const VqPlace& at) {
-  const int splits = params[VQ_EXACT_SPLITS] + params[VQ_PACKED_SPLITS];
+VQ_FN int vq_partial(VQ_THREAD const VqPlace& at, int splits) {
   return ((at.batch * at.heads + at.head) * splits + at.split) * at.queries + at.first;
 }
 
-// Of exact tokens: queries that are worked on at once, and values that a thread reads at once, since memory is slow to
-// answer.
+// Of exact tokens: queries that are worked on at once, and values that a thread loads at once, to hide the latency of memory.
 enum { VQ_EXACT_ROWS = 4, VQ_EXACT_VALUES = 16 };
 
 // Values of exact tokens from .. until - 1 of `count` of a split, at one coordinate, weighted -> out.
@@ -84,7 +84,7 @@ VQ_FN void vq_weigh(VQ_THREAD float (&out)[VQ_EXACT_ROWS], VQ_SHARED(const float
     T own[VQ_EXACT_VALUES];
     VQ_UNROLL
     for (int k = 0; k < VQ_EXACT_VALUES; ++k) {
-      const int e = first + (t + k < count ? t + k : count - 1);  // whose weight is zero, if it is that one again
+      const int e = first + (t + k < count ? t + k : count - 1);  // clamped: the weight of what is not there is zero
       own[k] = values[(e < held.sinks ? e : held.start + e - held.sinks) * DV];
     }
     VQ_UNROLL
@@ -112,14 +112,14 @@ VQ_FN void vq_attend_exact(VQ_IN(T) q, VQ_IN(T) keys, VQ_IN(T) values, VqRows he
   const int plane = (at.batch * at.heads + at.head) * capacity;
   for (int i = worker; i < rows * VQ_TOKENS; i += threads) scores[i] = VQ_LOWEST;
   VQ_SYNC_GROUP();
-  enum { PARTS = (DK + 31) / 32, KEYS = PARTS <= 4 ? 4 : 2 };  // keys that a warp reads at once
+  enum { PARTS = (DK + 31) / 32, KEYS = PARTS <= 4 ? 4 : 2 };  // keys that a warp loads at once
   const int warps = threads / 32;
   VQ_LOOP
   for (int t = at.warp; t < count; t += KEYS * warps) {  // lanes share a key, so that they read it side by side
     float own[KEYS][PARTS];
     VQ_UNROLL
     for (int k = 0; k < KEYS; ++k) {
-      const int e = first + (t + k * warps < count ? t + k * warps : t);  // one that is there
+      const int e = first + (t + k * warps < count ? t + k * warps : t);  // clamped
       VQ_IN(T) key = keys + (plane + (e < held.sinks ? e : held.start + e - held.sinks)) * DK;
       VQ_UNROLL
       for (int i = 0; i < PARTS; ++i) own[k][i] = i * 32 + at.lane < DK ? vq_float(key[i * 32 + at.lane]) : 0.0f;
@@ -146,21 +146,21 @@ VQ_FN void vq_attend_exact(VQ_IN(T) q, VQ_IN(T) keys, VQ_IN(T) values, VqRows he
           for (int r = 0; r < VQ_EXACT_ROWS; ++r) score[k][r] += vq_shuffle_xor(score[k][r], bit);
         }
       }
-      float given = 0.0f;  // to this lane
+      float own_score = 0.0f;
       VQ_UNROLL
       for (int k = 0; k < KEYS; ++k) {
         VQ_UNROLL
-        for (int r = 0; r < VQ_EXACT_ROWS; ++r) given = at.lane == k * VQ_EXACT_ROWS + r ? score[k][r] : given;
+        for (int r = 0; r < VQ_EXACT_ROWS; ++r) own_score = at.lane == k * VQ_EXACT_ROWS + r ? score[k][r] : own_score;
       }
       const int own_row = row + at.lane % VQ_EXACT_ROWS, column = t + at.lane / VQ_EXACT_ROWS * warps, e = first + column;
       if (at.lane < KEYS * VQ_EXACT_ROWS && own_row < rows && column < count)
         scores[own_row * VQ_TOKENS + column] =
-            vq_masked(given, params, hidden, added, at, at.first + own_row, e < held.sinks ? e : held.packed + e,
+            vq_masked(own_score, params, hidden, added, at, at.first + own_row, e < held.sinks ? e : held.packed + e,
                       held.packed + exact);
     }
   }
   VQ_SYNC_GROUP();
-  const int base = vq_partial(params, at);
+  const int base = vq_partial(at, params[VQ_EXACT_SPLITS] + params[VQ_PACKED_SPLITS]);
   for (int row = at.warp; row < rows; row += threads / 32) {
     VQ_SHARED(float) own = scores + row * VQ_TOKENS + at.lane;
     float top = vq_max(own[0], own[32]);
@@ -177,16 +177,17 @@ VQ_FN void vq_attend_exact(VQ_IN(T) q, VQ_IN(T) keys, VQ_IN(T) values, VqRows he
   for (int row = 0; row < rows; row += VQ_EXACT_ROWS) {
     VQ_SHARED(const float) weights = scores + row * VQ_TOKENS;
     float out[VQ_EXACT_ROWS];
-    if (threads >= 2 * DV && DV <= DK) {  // two threads share the tokens of a coordinate; the queries have had their time
-      const int set = worker / DV, d = worker % DV, from = set * (VQ_TOKENS / 2), until = from + VQ_TOKENS / 2;
-      if (set < 2) vq_weigh<DV>(out, weights, values + plane * DV + d, held, first, from, until < count ? until : count, count);
+    if (threads >= 2 * DV && DV <= DK) {  // two threads share a coordinate's tokens; their sums meet in the queries' space
+      const int part = worker / DV, d = worker % DV, from = part * (VQ_TOKENS / 2), end = from + VQ_TOKENS / 2;
+      const int until = end < count ? end : count;
+      if (part < 2) vq_weigh<DV>(out, weights, values + plane * DV + d, held, first, from, until, count);
       VQ_UNROLL
       for (int r = 0; r < VQ_EXACT_ROWS; ++r)
-        if (set == 1) shared[r * DV + d] = out[r];
+        if (part == 1) shared[r * DV + d] = out[r];
       VQ_SYNC_GROUP();
       VQ_UNROLL
       for (int r = 0; r < VQ_EXACT_ROWS; ++r)
-        if (set == 0 && row + r < rows) outputs[(base + row + r) * width + d] = out[r] + shared[r * DV + d];
+        if (part == 0 && row + r < rows) outputs[(base + row + r) * width + d] = out[r] + shared[r * DV + d];
       VQ_SYNC_GROUP();
     } else {
       VQ_LOOP
@@ -326,7 +327,7 @@ VQ_FN void vq_gather(VQ_THREAD VqRunning<DV>& running, VQ_SHARED(float) mean_sco
     }
   }
   VQ_SYNC_GROUP();
-  const int base = vq_partial(params, at);
+  const int base = vq_partial(at, params[VQ_EXACT_SPLITS] + params[VQ_PACKED_SPLITS]);
   const int rows = at.rows;
   for (int i = at.warp * 32 + at.lane; i < rows * DV; i += warps * 32) {
     const int row = i / DV;
@@ -377,7 +378,7 @@ VQ_FN void vq_attend_packed(VQ_IN(T) q, VQ_CHUNK_ARGUMENTS, VqRows held, VQ_IN(f
   VQ_SHARED(E) tile = (VQ_SHARED(E))(own + Space::tile);
   const int worker = at.warp * 32 + at.lane;
   const int entries[2] = {VQ_HEAD_TABLE + at.head * VQ_HEAD_INTS,
-                          VQ_HEAD_TABLE + (params[VQ_H] + at.head) * VQ_HEAD_INTS};
+                          VQ_HEAD_TABLE + (at.heads + at.head) * VQ_HEAD_INTS};
   if (worker < 16) chunks[worker] = worker < 2 * params[VQ_CHUNKS] ? params[VQ_CHUNK_TABLE + worker] : 0;
   const VqBook key_book = vq_open(table, entries[0], levels, shared + Space::books, worker, WARPS * 32);
   const VqBook value_book = vq_open(table, entries[1], levels, shared + Space::books + VQ_BOOK, worker, WARPS * 32);

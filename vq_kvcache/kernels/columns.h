@@ -352,8 +352,8 @@ VQ_FN void vq_know_tile(VQ_THREAD VqTile& t, uint first_word, int lane) {
   t.words += (size_t)(first_word + (uint)lane / 8) * t.capacity + (own < left ? own : 0);
 }
 
-// What a group asks for first, all at once, since memory is slow to answer: numbers of `params` and `table`, and of the
-// first threads one number each of the entries of keys and values, and of the chunks.
+// What a group loads first, all at once, to hide the latency of memory: numbers of `params` and `table`, and one number for
+// each of the first threads of the entries of keys and values, and of the chunks.
 struct VqWork {
   int exact, alone, tiles, each, besides, packed, chunks, mask, total_words, exponent, entry, chunk;
 };
@@ -393,7 +393,6 @@ VQ_FN void vq_attend_columns_packed(VQ_IN(T) q, VQ_CHUNK_ARGUMENTS, VqRows held,
   VQ_SHARED(int) value_entry = key_entry + 8;
   vq_fetch_ints<THREADS>((VQ_SHARED(int))lookup, lookup_in, VQ_LOOKUP, worker);
   if (worker < 16) key_entry[worker] = work.entry, chunks[worker] = work.chunk;
-  const int total_words = work.total_words, count = work.chunks;
   const bool masked = work.mask != VQ_NO_MASK;
   const int behind = at.split - work.exact - work.alone, own_tiles = behind < 0 ? work.each : work.besides;
   const int first_tile = work.alone * work.each + behind * own_tiles;
@@ -415,13 +414,13 @@ VQ_FN void vq_attend_columns_packed(VQ_IN(T) q, VQ_CHUNK_ARGUMENTS, VqRows held,
   vq_stage_nothing();
   VqTile t;
   if (i < last_tile) {
-    t = vq_find_tile<VQ_COLUMN_TOKENS>(chunks, count, VQ_CHUNK_NAMES, i, held.packed, total_words, at.batch);
+    t = vq_find_tile<VQ_COLUMN_TOKENS>(chunks, work.chunks, VQ_CHUNK_NAMES, i, held.packed, work.total_words, at.batch);
     vq_know_tile(t, first_word, at.lane);
     vq_fetch_words(own_words + 3 * at.lane, t.words, key_count, t.capacity, at.lane);
   }
   vq_stage_nothing();
   at.head = vq_uniform(key_entry[5]);
-  const int base = ((at.batch * at.heads + at.head) * (work.exact + work.packed) + at.split) * at.queries + at.first;
+  const int base = vq_partial(at, work.exact + work.packed);
   vq_fold_columns<T, DK, MC, WARPS>(folded, shared, (VQ_SHARED(vq_half))warps, q, fold, mean, work.exponent, scale, at);
   vq_stage_wait();  // for the lists, not for the words
   VQ_SYNC_GROUP();
@@ -455,7 +454,7 @@ VQ_FN void vq_attend_columns_packed(VQ_IN(T) q, VQ_CHUNK_ARGUMENTS, VqRows held,
             t.words += WARPS * VQ_COLUMN_TOKENS, t.first += WARPS * VQ_COLUMN_TOKENS;
             t.token += WARPS * VQ_COLUMN_TOKENS, t.valid -= WARPS * VQ_COLUMN_TOKENS;
           } else {
-            t = vq_find_tile<VQ_COLUMN_TOKENS>(chunks, count, VQ_CHUNK_NAMES, i, held.packed, total_words, at.batch);
+            t = vq_find_tile<VQ_COLUMN_TOKENS>(chunks, work.chunks, VQ_CHUNK_NAMES, i, held.packed, work.total_words, at.batch);
             vq_know_tile(t, first_word, at.lane);
           }
           vq_fetch_words(own_words + 3 * at.lane, t.words, key_count, t.capacity, at.lane);

@@ -2,6 +2,9 @@
 // threads of each of PARTS parts, which share the splits and then the coordinates.
 // shared: [VQ_MOST_SPLITS] shares of the splits, [PARTS, DV] sums in the basis of the codes, then of the values,
 // [2] totals.
+
+// What is loaded before anything is waited for: outputs of so many packed splits, of a part, in 2 DV columns, and sums of so
+// many splits, of a lane. Loops go on behind these.
 enum { VQ_MOST_SPLITS = 1024, VQ_MERGE_AHEAD = 9, VQ_SUMS_AHEAD = 2 };
 
 template <typename T, int DV, int PARTS>
@@ -18,32 +21,31 @@ VQ_FN void vq_merge(VQ_IN(float) sums, VQ_IN(float) outputs, VQ_IN(float) unfold
   const bool sinks = params[VQ_SINKS];
   const float logit = sinks ? sink_logits[head * params[VQ_G] + query / params[VQ_L]] * 1.44269504f : VQ_LOWEST;
   const int d = worker % DV, part = worker / DV;
-  // A part's share of the basis, asked for before anything is waited for.
+  // A part's share of the basis.
   const int share = (DV + PARTS - 1) / PARTS, first = part * share;
   VQ_IN(float) column = unfold + (head * stored + first) * DV + d;
   const int ahead = share < 32 ? share : 32;
   float basis[ahead];
   VQ_UNROLL
   for (int n = 0; n < ahead; ++n) basis[n] = first + n < stored ? column[n * DV] : 0.0f;
-  // So are its first outputs.
   VQ_IN(int) order = table + orders + head * width;
   const bool ordered = orders > 0;
   VQ_IN(float) out = outputs + (plane * splits * queries + query) * width;
   const int columns = ordered ? width : stored;
   float packed_ahead[2][VQ_MERGE_AHEAD];
   VQ_UNROLL
-  for (int turn = 0; turn < 2; ++turn) {
+  for (int block = 0; block < 2; ++block) {
     VQ_UNROLL
     for (int i = 0; i < VQ_MERGE_AHEAD; ++i) {
-      const int s = exact + part + i * PARTS, n = d + turn * DV;  // before their coordinates are known
-      packed_ahead[turn][i] = s < splits && n < columns ? out[s * queries * width + n] : 0.0f;
+      const int s = exact + part + i * PARTS, n = d + block * DV;  // before their coordinates are known
+      packed_ahead[block][i] = s < splits && n < columns ? out[s * queries * width + n] : 0.0f;
     }
   }
   int coordinates[2];
   VQ_UNROLL
-  for (int turn = 0; turn < 2; ++turn) {
-    const int n = d + turn * DV;
-    coordinates[turn] = n >= columns ? -1 : ordered ? order[n] : n;
+  for (int block = 0; block < 2; ++block) {
+    const int n = d + block * DV;
+    coordinates[block] = n >= columns ? -1 : ordered ? order[n] : n;
   }
   const float exact_ahead = part < exact ? out[part * queries * width + d] : 0.0f;
   float tops[VQ_SUMS_AHEAD], totals_ahead[VQ_SUMS_AHEAD];
@@ -84,18 +86,18 @@ VQ_FN void vq_merge(VQ_IN(float) sums, VQ_IN(float) outputs, VQ_IN(float) unfold
   folded[worker] = 0.0f;
   VQ_SYNC_GROUP();
   VQ_UNROLL
-  for (int turn = 0; turn < 2; ++turn) {
-    if (coordinates[turn] < 0) continue;
+  for (int block = 0; block < 2; ++block) {
+    if (coordinates[block] < 0) continue;
     float packed = 0.0f;
     VQ_UNROLL
     for (int i = 0; i < VQ_MERGE_AHEAD; ++i) {
       const int s = exact + part + i * PARTS;
-      if (s < splits) packed = vq_fma(packed_ahead[turn][i], shares[s], packed);
+      if (s < splits) packed = vq_fma(packed_ahead[block][i], shares[s], packed);
     }
     VQ_UNROLL_BY(8)
     for (int s = exact + part + VQ_MERGE_AHEAD * PARTS; s < splits; s += PARTS)
-      packed = vq_fma(out[s * queries * width + d + turn * DV], shares[s], packed);
-    folded[part * DV + coordinates[turn]] = packed;
+      packed = vq_fma(out[s * queries * width + d + block * DV], shares[s], packed);
+    folded[part * DV + coordinates[block]] = packed;
   }
   for (int n = d + 2 * DV; n < columns; n += DV) {
     const int coordinate = ordered ? order[n] : n;
