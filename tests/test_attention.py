@@ -7,7 +7,6 @@ import gc
 import os
 import subprocess
 import sys
-import threading
 
 import mlx.core as mx
 import numpy as np
@@ -363,9 +362,9 @@ def test_only_a_gpu_is_waited_for_and_nothing_while_tracing(monkeypatch):
 
 def test_large_pieces_of_a_prompt_wait_for_the_piece_before(monkeypatch):
     did = []
-    monkeypatch.setattr(attention, "_sent", threading.local())
+    monkeypatch.setattr(attention, "_sent", attention._Sent())
     monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
-    monkeypatch.setattr(mx, "depends", lambda marks, arrays: [a.item() for a in arrays])
+    monkeypatch.setattr(mx, "depends", lambda marks, arrays: sum(a.item() for a in arrays))
     monkeypatch.setattr(mx, "async_eval", lambda marks: did.append(("sent", *marks)))
     monkeypatch.setattr(mx, "eval", lambda marks: did.append(("awaited", *marks)))
     monkeypatch.setattr(attention, "LARGE_CHUNK", 8)
@@ -373,7 +372,22 @@ def test_large_pieces_of_a_prompt_wait_for_the_piece_before(monkeypatch):
     attention.keep_pace(a, a)
     attention.keep_pace(small, small)
     attention.keep_pace(b, b)
-    assert did == [("sent", 1, 1), ("awaited",), ("sent", 2, 2), ("awaited", 1, 1)]
+    assert did == [("sent", 2), ("awaited",), ("sent", 4), ("awaited", 2)]
+
+
+def test_a_prompt_waits_for_memory_that_comes_back_late(monkeypatch):
+    held, waits = iter((500, 600, 601, 900, 450, 551)), []
+    monkeypatch.setattr(attention, "_sent", attention._Sent())
+    monkeypatch.setattr(attention, "AHEAD_BYTES", 100)
+    monkeypatch.setattr(attention, "LARGE_CHUNK", 1)
+    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
+    monkeypatch.setattr(mx, "get_active_memory", lambda: next(held))
+    monkeypatch.setattr(mx, "synchronize", lambda: waits.append(1))
+    waited = []
+    for _ in range(6):
+        attention.keep_pace(mx.array(1.0))
+        waited.append(len(waits))
+    assert waited == [0, 0, 1, 2, 2, 3]
 
 
 def test_keeping_pace_holds_nothing(monkeypatch):
