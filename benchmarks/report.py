@@ -228,12 +228,14 @@ def tables() -> dict[str, str]:
         "outliers": quality_tables.outliers(_results("outliers-*.json")),
         "calibration": quality_tables.calibrations(_results("calibration-*.json")),
         "models": models(json.loads((RESULTS / "models.json").read_text())),
-        "kernel": kernel(json.loads((RESULTS / "kernel.json").read_text())),
+        "kernel": "\n\n".join(
+            kernel(json.loads((RESULTS / f"{n}.json").read_text())) for n in ("kernel", "kernel-h100")
+        ),
         "attention-cpu": attention_cpu(json.loads((RESULTS / "attention-cpu.json").read_text())),
         "speculative": speculative(json.loads((RESULTS / "speculative.json").read_text())),
         "memory": memory(held),
         "roofline": speed_tables.roofline(json.loads((RESULTS / "roofline.json").read_text())),
-        "speed": speed_tables.speed(_result("speed"), _result("speed-earlier")),
+        "speed": speed_tables.speed(_result("speed"), _result("speed-h100")),
         "long-run": speed_tables.long_run(_result("long-run")),
     }
 

@@ -57,18 +57,6 @@ def _median(row: Result) -> float:
     return float(row["median_ms"])
 
 
-def earlier(result: Result) -> str:
-    """How much steps differ from host to host, and how long they take where no other caches are held."""
-    told = []
-    for shape, rows in _decode_cells(result).items():
-        own = min((row["median_ms"] for kind, row in rows.items() if not _is_spectral(kind)), default=0.0)
-        told += [f"{own:.1f} and {row['median_ms']:.1f} ms ({shape})" for k, row in rows.items() if _is_spectral(k)]
-    return (
-        "In an earlier run of earlier kernels, on another host and one cache after another, a step with the faster of "
-        f"mlx-lm's caches, and with codes, took {'; '.join(told)}."
-    )
-
-
 def decoding(result: Result) -> str:
     """Whole decode steps: time, against the fastest of mlx-lm's own caches of the same run, and what packing takes."""
     cells = _decode_cells(result)
@@ -113,15 +101,19 @@ def prefill(result: Result) -> str:
     return "\n".join(lines)
 
 
-def speed(result: Result | None, before: Result | None = None) -> str:
-    """All of speed.json, and the steps of an earlier run; says so where there is none."""
-    if result is None:
+def speed(*results: Result | None) -> str:
+    """All of speed.json, and of others like it; says so where there is none."""
+    found = [result for result in results if result]
+    if not found:
         return "Whole decode steps and prompts are not measured yet: `python benchmarks/speed.py` does, on an H100."
-    parts = [decoding(result)] + ([earlier(before)] if before else [])
-    if any(name.startswith("prefill") for name in result["cells"]):
-        parts.append(prefill(result))
-    failed = [f"{name}: {cell['error']}" for name, cell in result["cells"].items() if "error" in cell]
-    return "\n\n".join(parts + ([f"Not run: {'; '.join(failed)}."] if failed else []))
+    parts = []
+    for result in found:
+        parts.append(decoding(result))
+        if any(name.startswith("prefill") for name in result["cells"]):
+            parts.append(prefill(result))
+        failed = [f"{name}: {cell['error']}" for name, cell in result["cells"].items() if "error" in cell]
+        parts += [f"Not run: {'; '.join(failed)}."] if failed else []
+    return "\n\n".join(parts)
 
 
 def long_run(result: Result | None) -> str:
