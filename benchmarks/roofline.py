@@ -8,7 +8,7 @@ Bytes are those of the shipped codec's layouts. Instructions are counted by hand
 the lines. What lies outside the loop over the tokens is left out. "Full" takes every pipe to be full, which no kernel
 beats; "latency" is with as few SIMD groups on a core as fit its memory, each waiting for its own results. MLX's
 attention in bfloat16 gets the time of its bytes, no more. "Mended" is a kernel that does not exist: it decodes a tile
-in one pass, has no products for rows without a query, and fills every pipe.
+in one pass, multiplies with the queries that there are, and fills every pipe.
 """
 
 import argparse
@@ -57,8 +57,8 @@ COUNTED = {
     ),
     "metal.h": (
         "VQ_FN uint vq_pair(uint a, uint b, int byte) { return (a >> 8 * byte & 0xffffu) | b >> 8 * byte << 16; }",
-        "simdgroup_multiply_accumulate(sums[1][n], below, levels, sums[1][n]);",
-        "simdgroup_multiply_accumulate(below, weights[1][k], values, below);",
+        "simdgroup_multiply_accumulate(sums[b][n], queries[b], levels, sums[b][n]);",
+        "simdgroup_multiply_accumulate(sums[b], weights[b][k], values, sums[b]);",
     ),
     "attend.h": ("s[n][i] = vq_weight(s[n][i], top);",),
 }  # fmt: skip
@@ -127,8 +127,9 @@ def segments(layout: Layout) -> Iterator[tuple[int, bool, int, int]]:
 def on_metal() -> tuple[int, int]:
     """(passes, SIMD groups): how often each tile is decoded, because so few of its rows fit into the memory of a thread
     group, and how many SIMD groups fit into that of a core."""
-    rows, _, warps = launches.group_of(DIMS, DIMS, 2, 0, "metal")
-    needed = launches.shared_bytes(DIMS, DIMS, rows, 2, warps, 0, "metal")
+    blocks = launches.blocks_of(GROUP, "metal")
+    rows, _, warps = launches.group_of(DIMS, DIMS, 2, 0, blocks, "metal")
+    needed = launches.shared_bytes(DIMS, DIMS, rows, 2, warps, 0, blocks, "metal")
     return DIMS // rows, CORE_BYTES // needed * warps
 
 
@@ -150,12 +151,12 @@ def by_width(plan: Plan, passes: int) -> tuple[Work, float, dict[str, int]]:
 
 
 def products(rows: int) -> float:
-    """Lane instructions a number for scores and weighted sums with `rows` queries (8 or 16: as many blocks of 8).
+    """Lane instructions a number for scores and weighted sums with `rows` queries, 8 in a block of the kernel's.
 
     An 8 x 8 block of levels takes part in one product of 512 FMA for each block of queries, is loaded by two
     instructions of each of 32 lanes, and the queries, for keys only, once for eight such blocks.
     """
-    blocks = rows // 8
+    blocks = rows / 8
     loads = 1 + blocks / 8 / 2  # keys and values in the mean
     softmax = 7 * rows / (2 * DIMS)  # maximum, difference, exp2, comparison, choice, sum, rounding of each score
     return blocks * 8 * LANES / MATRIX_LANES + loads + softmax
@@ -185,13 +186,14 @@ def predictions() -> dict[str, Any]:
     codec = find_codec(fingerprint(model))
     assert codec is not None  # it is in the package
     (passes, simd_groups), budgets = on_metal(), {}
+    rows = launches.QUERIES * launches.blocks_of(GROUP, "metal")
     for bits in BITS:
         plan = codec.plan(bits)
         decoding, true_bits, widths = by_width(plan, passes)
         budgets[f"{bits:g}"] = {
             "true_bits": true_bits, "numbers_by_width": widths, "decoding": decoding._asdict(),
-            "products": products(16), "chips": predict(decoding, true_bits, 16, simd_groups),
-            "chips_if_mended": predict(by_width(plan, 1)[0], true_bits, 8, simd_groups),
+            "products": products(rows), "chips": predict(decoding, true_bits, rows, simd_groups),
+            "chips_if_mended": predict(by_width(plan, 1)[0], true_bits, GROUP, simd_groups),
         }  # fmt: skip
     full_words = {}
     for ring, most in ((True, 5), (False, 8)):

@@ -60,7 +60,7 @@ ATTEND = Body(
     ("q", "keys", "values", *CHUNK_NAMES, "rows", "fold", "mean", "table", "levels", "params", "scale", "hidden",
      "added"),
     ("sums", "outputs"),
-    "vq_attend<T, DK, DV, KROWS, VROWS, WARPS, STAGE>(q, keys, values, VQ_CHUNK_NAMES, rows, fold, mean, table, "
+    "vq_attend<T, DK, DV, KROWS, VROWS, WARPS, STAGE, BLOCKS>(q, keys, values, VQ_CHUNK_NAMES, rows, fold, mean, table, "
     "levels, params, scale, hidden, added, sums, outputs, vq_shared, vq_x, vq_y, vq_z, vq_thread);\n",
 )  # fmt: skip
 COLUMNS = Body(

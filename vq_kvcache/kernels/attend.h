@@ -201,19 +201,19 @@ VQ_FN void vq_attend_exact(VQ_IN(T) q, VQ_IN(T) keys, VQ_IN(T) values, VqRows he
   }
 }
 
-// The queries of this row tile in the basis of the codes: folded [16, DK + VQ_PAD], and the share of the keys' mean in
-// every score, constant [16]. plain: [16, DK], only for the time of this function.
-template <typename T, typename E, int DK>
+// The queries of this row tile in the basis of the codes: folded [QUERIES, DK + VQ_PAD], and the share of the keys' mean in
+// every score, constant [QUERIES]. plain: [QUERIES, DK], only for the time of this function.
+template <typename T, typename E, int DK, int QUERIES>
 VQ_FN void vq_fold(VQ_IN(T) q, VQ_IN(float) fold, VQ_IN(float) mean, VQ_IN(int) params, float scale, int stored,
                    int fold_rows, VQ_SHARED(float) plain, VQ_SHARED(E) folded, VQ_SHARED(float) mean_score,
                    VQ_THREAD const VqPlace& at, int threads) {
   const int rows = at.rows;
   const int worker = at.warp * 32 + at.lane;
-  for (int i = worker; i < 16 * DK; i += threads)
+  for (int i = worker; i < QUERIES * DK; i += threads)
     plain[i] = i / DK < rows ? vq_float(q[vq_first_query(at) * DK + i]) * scale : 0.0f;
   VQ_SYNC_GROUP();
   VQ_LOOP
-  for (int first = 0; first < 16; first += 4) {
+  for (int first = 0; first < QUERIES; first += 4) {
     const int parts = (DK + 31) / 32;
     float own[4][parts];  // lanes share a coordinate, so that they read its basis vector side by side
     VQ_UNROLL
@@ -244,7 +244,7 @@ VQ_FN void vq_fold(VQ_IN(T) q, VQ_IN(float) fold, VQ_IN(float) mean, VQ_IN(int) 
         if (at.lane == r) vq_set(folded[(first + r) * (DK + VQ_PAD) + n], x[r]);
     }
   }
-  for (int row = at.warp; row < 16; row += threads / 32) {
+  for (int row = at.warp; row < QUERIES; row += threads / 32) {
     float x = 0.0f;
     for (int d = at.lane; d < DK; d += 32) x += plain[row * DK + d] * mean[at.head * DK + d];
     for (uint bit = 16; bit; bit /= 2) x += vq_shuffle_xor(x, bit);
@@ -253,18 +253,19 @@ VQ_FN void vq_fold(VQ_IN(T) q, VQ_IN(float) fold, VQ_IN(float) mean, VQ_IN(int) 
   VQ_SYNC_GROUP();
 }
 
-// What a lane keeps while it walks over the tokens: of its two rows the maximum and its part of the sum of weights, and
-// its fragments of the weighted sums [16, DV].
-template <int DV>
+// What a lane keeps while it walks over the tokens: of its row of each block of eight queries the maximum and its part of the
+// sum of weights, and its fragments of the weighted sums [queries, DV]. HELD: numbers of a lane in eight columns, two for
+// each block.
+template <int DV, int HELD>
 struct VqRunning {
-  float top[2], sum[2], output[DV / 8][4];
+  float top[HELD / 2], sum[HELD / 2], output[DV / 8][HELD];
 };
 
 // Scores of one tile, in place, to weights; the running sums are brought to the new maximum.
-template <int DV>
-VQ_FN void vq_soften(VQ_THREAD float (&s)[8][4], VQ_THREAD VqRunning<DV>& running) {
+template <int DV, int HELD>
+VQ_FN void vq_soften(VQ_THREAD float (&s)[8][HELD], VQ_THREAD VqRunning<DV, HELD>& running) {
   VQ_UNROLL
-  for (int side = 0; side < 2; ++side) {
+  for (int side = 0; side < HELD / 2; ++side) {
     float top = running.top[side];
     VQ_UNROLL
     for (int n = 0; n < 8; ++n) top = vq_max(top, vq_max(s[n][2 * side], s[n][2 * side + 1]));
@@ -287,7 +288,8 @@ VQ_FN void vq_soften(VQ_THREAD float (&s)[8][4], VQ_THREAD VqRunning<DV>& runnin
 }
 
 // Hide the scores of positions that this row does not hold or the mask hides.
-VQ_FN void vq_hide(VQ_THREAD float (&s)[8][4], VQ_THREAD const VqTile& t, VqRows held, VQ_IN(int) params,
+template <int HELD>
+VQ_FN void vq_hide(VQ_THREAD float (&s)[8][HELD], VQ_THREAD const VqTile& t, VqRows held, VQ_IN(int) params,
                    VQ_IN(unsigned char) hidden, VQ_IN(float) added, VQ_THREAD const VqPlace& at) {
   const int length = held.sinks + held.packed + held.end - held.start;
   const bool masked = params[VQ_MASK_KIND] != VQ_NO_MASK;
@@ -295,7 +297,7 @@ VQ_FN void vq_hide(VQ_THREAD float (&s)[8][4], VQ_THREAD const VqTile& t, VqRows
   VQ_UNROLL
   for (int n = 0; n < 8; ++n) {
     VQ_UNROLL
-    for (int e = 0; e < 4; ++e) {
+    for (int e = 0; e < HELD; ++e) {
       const int column = n * 8 + VQ_COL(at.lane) + e % 2, row = at.first + VQ_ROW(at.lane) + e / 2 * 8;
       if (column >= t.valid) {
         s[n][e] = VQ_LOWEST;
@@ -307,22 +309,23 @@ VQ_FN void vq_hide(VQ_THREAD float (&s)[8][4], VQ_THREAD const VqTile& t, VqRows
 }
 
 // The running sums of all warps of the group -> the outputs of this split.
-template <int DV>
-VQ_FN void vq_gather(VQ_THREAD VqRunning<DV>& running, VQ_SHARED(float) mean_score, VQ_IN(int) params,
+template <int DV, int HELD>
+VQ_FN void vq_gather(VQ_THREAD VqRunning<DV, HELD>& running, VQ_SHARED(float) mean_score, VQ_IN(int) params,
                      VQ_OUT(float) sums, VQ_OUT(float) outputs, VQ_SHARED(float) shared, VQ_THREAD const VqPlace& at, int warps) {
-  VQ_SHARED(float) tops = shared + warps * 16 * DV;  // after the outputs: [warps, 16] tops, then sums
+  enum { QUERIES = 4 * HELD };
+  VQ_SHARED(float) tops = shared + warps * QUERIES * DV;  // after the outputs: [warps, QUERIES] tops, then sums
   VQ_SYNC_GROUP();
   VQ_UNROLL
-  for (int side = 0; side < 2; ++side) {
+  for (int side = 0; side < HELD / 2; ++side) {
     const int row = VQ_ROW(at.lane) + 8 * side;
     float sum = running.sum[side];
     sum += vq_shuffle_xor(sum, VQ_ROW_A);
     sum += vq_shuffle_xor(sum, VQ_ROW_B);
-    tops[at.warp * 16 + row] = running.top[side];
-    tops[(warps + at.warp) * 16 + row] = sum;
+    tops[at.warp * QUERIES + row] = running.top[side];
+    tops[(warps + at.warp) * QUERIES + row] = sum;
     VQ_UNROLL
     for (int n = 0; n < DV / 8; ++n) {
-      VQ_SHARED(float) out = shared + (at.warp * 16 + row) * DV + n * 8 + VQ_COL(at.lane);
+      VQ_SHARED(float) out = shared + (at.warp * QUERIES + row) * DV + n * 8 + VQ_COL(at.lane);
       out[0] = running.output[n][2 * side], out[1] = running.output[n][2 * side + 1];
     }
   }
@@ -332,11 +335,11 @@ VQ_FN void vq_gather(VQ_THREAD VqRunning<DV>& running, VQ_SHARED(float) mean_sco
   for (int i = at.warp * 32 + at.lane; i < rows * DV; i += warps * 32) {
     const int row = i / DV;
     float top = VQ_LOWEST, sum = 0.0f, out = 0.0f;
-    for (int w = 0; w < warps; ++w) top = vq_max(top, tops[w * 16 + row]);
+    for (int w = 0; w < warps; ++w) top = vq_max(top, tops[w * QUERIES + row]);
     for (int w = 0; w < warps; ++w) {
-      const float share = vq_exp2(tops[w * 16 + row] - top);
-      sum += share * tops[(warps + w) * 16 + row];
-      out += share * shared[(w * 16 + row) * DV + i % DV];
+      const float share = vq_exp2(tops[w * QUERIES + row] - top);
+      sum += share * tops[(warps + w) * QUERIES + row];
+      out += share * shared[(w * QUERIES + row) * DV + i % DV];
     }
     outputs[base * DV + i] = out;
     if (i % DV == 0) sums[2 * (base + row)] = top + mean_score[row], sums[2 * (base + row) + 1] = sum;
@@ -344,8 +347,8 @@ VQ_FN void vq_gather(VQ_THREAD VqRunning<DV>& running, VQ_SHARED(float) mean_sco
 }
 
 // The weighted sums of one pass: `pass` must be a constant where it picks registers.
-template <int DV, int VROWS, typename E>
-VQ_FN void vq_add_values(VQ_THREAD float (&output)[DV / 8][4], int pass, VQ_THREAD const float (&s)[8][4],
+template <int DV, int VROWS, int HELD, typename E>
+VQ_FN void vq_add_values(VQ_THREAD float (&output)[DV / 8][HELD], int pass, VQ_THREAD const float (&s)[8][HELD],
                          VQ_SHARED(const E) tile, VQ_SHARED(float) scratch, int lane) {
   VQ_UNROLL
   for (int p = 0; p < DV / VROWS; ++p)
@@ -354,22 +357,23 @@ VQ_FN void vq_add_values(VQ_THREAD float (&output)[DV / 8][4], int pass, VQ_THRE
 
 // Where things lie in shared memory, in floats: constants of the rows, chunks, two books, folded queries, and then for
 // each warp staged words, scratch and a tile.
-template <typename E, int DK, int ROWS, int STAGE>
+template <typename E, int DK, int ROWS, int STAGE, int QUERIES>
 struct VqSpace {
   enum {
-    chunks = 16, books = 32, folded = books + 2 * VQ_BOOK, warps = folded + 16 * (DK + VQ_PAD) * (int)sizeof(E) / 4,
+    chunks = 16, books = 32, folded = books + 2 * VQ_BOOK, warps = folded + QUERIES * (DK + VQ_PAD) * (int)sizeof(E) / 4,
     tile = STAGE * VQ_TOKENS + VQ_SCRATCH(E), warp = tile + ROWS * VQ_STRIDE * (int)sizeof(E) / 4,
   };
 };
 
 // Packed tokens. KROWS, VROWS: dims of keys and of values that a tile holds at once. STAGE: words of keys and values of
-// a head that a warp fetches ahead; 0 for none.
-template <typename T, typename E, int DK, int DV, int KROWS, int VROWS, int WARPS, int STAGE>
+// a head that a warp fetches ahead; 0 for none. BLOCKS: of eight queries.
+template <typename T, typename E, int DK, int DV, int KROWS, int VROWS, int WARPS, int STAGE, int BLOCKS>
 VQ_FN void vq_attend_packed(VQ_IN(T) q, VQ_CHUNK_ARGUMENTS, VqRows held, VQ_IN(float) fold, VQ_IN(float) mean,
                             VQ_IN(int) table, VQ_IN(float) levels, VQ_IN(int) params, float scale,
                             VQ_IN(unsigned char) hidden, VQ_IN(float) added, VQ_OUT(float) sums,
                             VQ_OUT(float) outputs, VQ_SHARED(float) shared, VQ_THREAD const VqPlace& at) {
-  typedef VqSpace<E, DK, (KROWS > VROWS ? KROWS : VROWS), STAGE> Space;
+  typedef VqSpace<E, DK, (KROWS > VROWS ? KROWS : VROWS), STAGE, 8 * BLOCKS> Space;
+  enum { HELD = 2 * BLOCKS };
   VQ_SHARED(float) mean_score = shared;
   VQ_SHARED(int) chunks = (VQ_SHARED(int))(shared + Space::chunks);
   VQ_SHARED(E) folded = (VQ_SHARED(E))(shared + Space::folded);
@@ -385,18 +389,18 @@ VQ_FN void vq_attend_packed(VQ_IN(T) q, VQ_CHUNK_ARGUMENTS, VqRows held, VQ_IN(f
   const int first_word[2] = {table[entries[0] + 3], table[entries[1] + 3]};
   const int words[2] = {table[entries[0] + 4], table[entries[1] + 4]};
   const int total_words = table[VQ_TOTAL_WORDS], count = params[VQ_CHUNKS];
-  vq_fold<T, E, DK>(q, fold, mean, params, scale, table[entries[0] + 2], table[VQ_KEY_ROWS], shared + Space::warps,
+  vq_fold<T, E, DK, 8 * BLOCKS>(q, fold, mean, params, scale, table[entries[0] + 2], table[VQ_KEY_ROWS], shared + Space::warps,
                     folded, mean_score, at, WARPS * 32);
   // What is never written must not be NaN.
   for (int i = at.lane; i < (KROWS > VROWS ? KROWS : VROWS) * VQ_STRIDE; i += 32) vq_set(tile[i], 0.0f);
   VQ_SYNC_GROUP();
-  VqRunning<DV> running;
+  VqRunning<DV, HELD> running;
   VQ_UNROLL
-  for (int side = 0; side < 2; ++side) running.top[side] = VQ_LOWEST, running.sum[side] = 0.0f;
+  for (int side = 0; side < BLOCKS; ++side) running.top[side] = VQ_LOWEST, running.sum[side] = 0.0f;
   VQ_UNROLL
   for (int n = 0; n < DV / 8; ++n) {
     VQ_UNROLL
-    for (int i = 0; i < 4; ++i) running.output[n][i] = 0.0f;
+    for (int i = 0; i < HELD; ++i) running.output[n][i] = 0.0f;
   }
   const int first_tile = (at.split - params[VQ_EXACT_SPLITS]) * params[VQ_TILES_PER_SPLIT];
   int last_tile = first_tile + params[VQ_TILES_PER_SPLIT];
@@ -416,9 +420,12 @@ VQ_FN void vq_attend_packed(VQ_IN(T) q, VQ_CHUNK_ARGUMENTS, VqRows held, VQ_IN(f
   for (; i < last_tile; i += WARPS, t = next) {
     const bool more = i + WARPS < last_tile;
     if (more) next = vq_find_tile<VQ_TOKENS>(chunks, count, VQ_CHUNK_NAMES, i + WARPS, held.packed, total_words, at.batch);
-    float s[8][4];
+    float s[8][HELD];
     VQ_UNROLL
-    for (int n = 0; n < 8; ++n) s[n][0] = s[n][1] = s[n][2] = s[n][3] = 0.0f;
+    for (int n = 0; n < 8; ++n) {
+      VQ_UNROLL
+      for (int e = 0; e < HELD; ++e) s[n][e] = 0.0f;
+    }
     VQ_LOOP
     for (int part = 0; part < 2; ++part) {  // keys, then values: a loop, so that the decoder is in the program once
       const VqBook book = part ? value_book : key_book;
@@ -460,11 +467,11 @@ VQ_FN void vq_attend_packed(VQ_IN(T) q, VQ_CHUNK_ARGUMENTS, VqRows held, VQ_IN(f
       }
       if (part == 0) {
         vq_hide(s, t, held, params, hidden, added, at);
-        vq_soften<DV>(s, running);
+        vq_soften(s, running);
       }
     }
   }
-  vq_gather<DV>(running, mean_score, params, sums, outputs, shared + Space::folded, at, WARPS);
+  vq_gather(running, mean_score, params, sums, outputs, shared + Space::folded, at, WARPS);
 }
 
 template <typename T>
@@ -476,19 +483,19 @@ struct VqElement<float> {
   typedef float type;
 };
 
-// One thread group: x the split, y head and batch row, z sixteen queries of a group of query heads.
-template <typename T, int DK, int DV, int KROWS, int VROWS, int WARPS, int STAGE>
+// One thread group: x the split, y head and batch row, z 8 BLOCKS queries of a group of query heads.
+template <typename T, int DK, int DV, int KROWS, int VROWS, int WARPS, int STAGE, int BLOCKS>
 VQ_FN void vq_attend(VQ_IN(T) q, VQ_IN(T) keys, VQ_IN(T) values, VQ_CHUNK_ARGUMENTS, VQ_IN(int) rows,
                      VQ_IN(float) fold, VQ_IN(float) mean, VQ_IN(int) table, VQ_IN(float) levels, VQ_IN(int) params,
                      VQ_IN(float) scale, VQ_IN(unsigned char) hidden, VQ_IN(float) added, VQ_OUT(float) sums,
                      VQ_OUT(float) outputs, VQ_SHARED(float) shared, int x, int y, int z, int worker) {
-  const VqPlace at = vq_place<16>(params, x, y, z, worker);
+  const VqPlace at = vq_place<8 * BLOCKS>(params, x, y, z, worker);
   const VqRows held = vq_rows(rows, at.batch);
   if (x < params[VQ_EXACT_SPLITS]) {
-    vq_attend_exact<T, DK, DV, 16>(q, keys, values, held, params, DV, scale[0], hidden, added, sums, outputs, shared,
+    vq_attend_exact<T, DK, DV, 8 * BLOCKS>(q, keys, values, held, params, DV, scale[0], hidden, added, sums, outputs, shared,
                                    at, WARPS * 32);
   } else {
-    vq_attend_packed<T, typename VqElement<T>::type, DK, DV, KROWS, VROWS, WARPS, STAGE>(
+    vq_attend_packed<T, typename VqElement<T>::type, DK, DV, KROWS, VROWS, WARPS, STAGE, BLOCKS>(
         q, VQ_CHUNK_NAMES, held, fold, mean, table, levels, params, scale[0], hidden, added, sums, outputs, shared, at);
   }
 }

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 TOKENS = 64  # of a tile, VQ_TOKENS
-QUERIES = 16  # of a thread group
+QUERIES = 8  # of a block: a thread group takes one or two
 HEAD_DIMS = (64, 80, 96, 112, 128, 192, 256)
 MASK_KINDS = {"none": 0, "causal": 1, "bool": 2, "added": 3}
 MOST_QUERIES = 16  # tokens at once that `attend` takes; prompts go another way
@@ -185,25 +185,33 @@ def tile_rows(dims: int, most: int) -> int:
     return max((n for n in range(16, most + 1, 16) if dims % n == 0), default=16)
 
 
-def shared_bytes(key_dims: int, value_dims: int, rows: int, element: int, warps: int, stage: int, place: str) -> int:
+def blocks_of(queries: int, place: str) -> int:
+    """Blocks of a thread group, where a KV head has so many queries. What multiplies two at once on CUDA gets two."""
+    return 1 if place == "metal" and queries <= QUERIES else 2
+
+
+def shared_bytes(
+    key_dims: int, value_dims: int, rows: int, element: int, warps: int, stage: int, blocks: int, place: str
+) -> int:
     """What a thread group of `attend` needs, see VqSpace in attend.h."""
+    queries = QUERIES * blocks
     scratch = 4096 if place == "host" or (place == "cuda" and element == 4) else 0
     head = 128 + 2 * BOOK_BYTES
-    folded = QUERIES * (key_dims + 8) * element
+    folded = queries * (key_dims + 8) * element
     packed = head + folded + warps * (256 * stage + scratch + rows * 72 * element)
-    folding = head + folded + 4 * QUERIES * key_dims
-    gathering = head + 4 * warps * QUERIES * (value_dims + 2)
-    exact = 4 * QUERIES * (key_dims + TOKENS)
+    folding = head + folded + 4 * queries * key_dims
+    gathering = head + 4 * warps * queries * (value_dims + 2)
+    exact = 4 * queries * (key_dims + TOKENS)
     return max(packed, folding, gathering, exact)
 
 
 @functools.cache
-def group_of(key_dims: int, value_dims: int, element: int, stage: int, place: str) -> tuple[int, int, int]:
+def group_of(key_dims: int, value_dims: int, element: int, stage: int, blocks: int, place: str) -> tuple[int, int, int]:
     """(rows of a tile of keys, of values, warps) of a thread group that fits in shared memory."""
     most = max(key_dims, value_dims)
 
     def need(rows: int, warps: int) -> int:
-        return shared_bytes(key_dims, value_dims, rows, element, warps, stage, place)
+        return shared_bytes(key_dims, value_dims, rows, element, warps, stage, blocks, place)
 
     if place == "metal":  # two warps, unless their tiles would be much too low
         rows = {w: max((n for n in range(16, most + 1, 16) if need(n, w) <= METAL_BYTES), default=16) for w in (1, 2)}
@@ -402,8 +410,8 @@ def has_room(key_dims: int, value_dims: int, dtype: mx.Dtype, place: str) -> boo
     if place != "metal":
         return True
     element = 4 if dtype == mx.float32 else 2
-    key_rows, value_rows, warps = group_of(key_dims, value_dims, element, 0, place)
-    return shared_bytes(key_dims, value_dims, max(key_rows, value_rows), element, warps, 0, place) <= METAL_BYTES
+    key_rows, value_rows, warps = group_of(key_dims, value_dims, element, 0, 2, place)
+    return shared_bytes(key_dims, value_dims, max(key_rows, value_rows), element, warps, 0, 2, place) <= METAL_BYTES
 
 
 def fits(snapshot: "Snapshot", dtype: mx.Dtype, place: str) -> bool:

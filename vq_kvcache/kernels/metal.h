@@ -65,57 +65,65 @@ VQ_FN void vq_load2(const device uint* from, thread uint& a, thread uint& b) {
 VQ_FN void vq_put(device half* at, half2 pair) { *(device half2*)at = pair; }
 VQ_FN void vq_put(device float* at, float a, float b) { at[0] = a, at[1] = b; }
 
-// s[16, 64] += q[16, ROWS] tile[ROWS, 64]; q row-major of stride `stride`, tile of stride VQ_STRIDE.
-template <int ROWS, typename E>
-VQ_FN void vq_scores(thread float (&s)[8][4], const threadgroup E* q, int stride, const threadgroup E* tile, uint) {
-  simdgroup_matrix<float, 8, 8> sums[2][8];
+// s[8 BLOCKS, 64] += q[8 BLOCKS, ROWS] tile[ROWS, 64]; q row-major of stride `stride`, tile of stride VQ_STRIDE. BLOCKS: half
+// of HELD, numbers of a lane in every eight columns.
+template <int ROWS, int HELD, typename E>
+VQ_FN void vq_scores(thread float (&s)[8][HELD], const threadgroup E* q, int stride, const threadgroup E* tile, uint) {
+  enum { BLOCKS = HELD / 2 };
+  simdgroup_matrix<float, 8, 8> sums[BLOCKS][8];
   VQ_UNROLL
-  for (int n = 0; n < 8; ++n) {
-    sums[0][n].thread_elements()[0] = s[n][0], sums[0][n].thread_elements()[1] = s[n][1];
-    sums[1][n].thread_elements()[0] = s[n][2], sums[1][n].thread_elements()[1] = s[n][3];
+  for (int b = 0; b < BLOCKS; ++b) {
+    VQ_UNROLL
+    for (int n = 0; n < 8; ++n)
+      sums[b][n].thread_elements()[0] = s[n][2 * b], sums[b][n].thread_elements()[1] = s[n][2 * b + 1];
   }
   VQ_LOOP
   for (int k = 0; k < ROWS; k += 8) {
-    simdgroup_matrix<E, 8, 8> above, below, levels;
-    simdgroup_load(above, q + k, stride);
-    simdgroup_load(below, q + 8 * stride + k, stride);
+    simdgroup_matrix<E, 8, 8> queries[BLOCKS], levels;
+    VQ_UNROLL
+    for (int b = 0; b < BLOCKS; ++b) simdgroup_load(queries[b], q + b * 8 * stride + k, stride);
     VQ_UNROLL
     for (int n = 0; n < 8; ++n) {
       simdgroup_load(levels, tile + k * VQ_STRIDE + n * 8, VQ_STRIDE);
-      simdgroup_multiply_accumulate(sums[0][n], above, levels, sums[0][n]);
-      simdgroup_multiply_accumulate(sums[1][n], below, levels, sums[1][n]);
+      VQ_UNROLL
+      for (int b = 0; b < BLOCKS; ++b) simdgroup_multiply_accumulate(sums[b][n], queries[b], levels, sums[b][n]);
     }
   }
   VQ_UNROLL
-  for (int n = 0; n < 8; ++n) {
-    s[n][0] = sums[0][n].thread_elements()[0], s[n][1] = sums[0][n].thread_elements()[1];
-    s[n][2] = sums[1][n].thread_elements()[0], s[n][3] = sums[1][n].thread_elements()[1];
+  for (int b = 0; b < BLOCKS; ++b) {
+    VQ_UNROLL
+    for (int n = 0; n < 8; ++n)
+      s[n][2 * b] = sums[b][n].thread_elements()[0], s[n][2 * b + 1] = sums[b][n].thread_elements()[1];
   }
 }
 
-// o[16, ROWS] += p[16, 64] tile[ROWS, 64]^T; from fragment `first` of o on.
-template <int ROWS, int N, typename E>
-VQ_FN void vq_accumulate(thread float (&o)[N][4], int first, thread const float (&p)[8][4],
+// o[8 BLOCKS, ROWS] += p[8 BLOCKS, 64] tile[ROWS, 64]^T; from fragment `first` of o on.
+template <int ROWS, int HELD, int N, typename E>
+VQ_FN void vq_accumulate(thread float (&o)[N][HELD], int first, thread const float (&p)[8][HELD],
                          const threadgroup E* tile, threadgroup float*, uint) {
-  simdgroup_matrix<E, 8, 8> weights[2][8];
+  enum { BLOCKS = HELD / 2 };
+  simdgroup_matrix<E, 8, 8> weights[BLOCKS][8];
   VQ_UNROLL
-  for (int k = 0; k < 8; ++k) {
-    weights[0][k].thread_elements()[0] = (E)p[k][0], weights[0][k].thread_elements()[1] = (E)p[k][1];
-    weights[1][k].thread_elements()[0] = (E)p[k][2], weights[1][k].thread_elements()[1] = (E)p[k][3];
+  for (int b = 0; b < BLOCKS; ++b) {
+    VQ_UNROLL
+    for (int k = 0; k < 8; ++k)
+      weights[b][k].thread_elements()[0] = (E)p[k][2 * b], weights[b][k].thread_elements()[1] = (E)p[k][2 * b + 1];
   }
   VQ_UNROLL
   for (int n = 0; n < ROWS / 8; ++n) {
-    simdgroup_matrix<float, 8, 8> above, below;
-    above.thread_elements()[0] = o[first + n][0], above.thread_elements()[1] = o[first + n][1];
-    below.thread_elements()[0] = o[first + n][2], below.thread_elements()[1] = o[first + n][3];
+    simdgroup_matrix<float, 8, 8> sums[BLOCKS];
+    VQ_UNROLL
+    for (int b = 0; b < BLOCKS; ++b)
+      sums[b].thread_elements()[0] = o[first + n][2 * b], sums[b].thread_elements()[1] = o[first + n][2 * b + 1];
     VQ_UNROLL
     for (int k = 0; k < 8; ++k) {
       simdgroup_matrix<E, 8, 8> values;
       simdgroup_load(values, tile + n * 8 * VQ_STRIDE + k * 8, VQ_STRIDE, ulong2(0, 0), true);
-      simdgroup_multiply_accumulate(above, weights[0][k], values, above);
-      simdgroup_multiply_accumulate(below, weights[1][k], values, below);
+      VQ_UNROLL
+      for (int b = 0; b < BLOCKS; ++b) simdgroup_multiply_accumulate(sums[b], weights[b][k], values, sums[b]);
     }
-    o[first + n][0] = above.thread_elements()[0], o[first + n][1] = above.thread_elements()[1];
-    o[first + n][2] = below.thread_elements()[0], o[first + n][3] = below.thread_elements()[1];
+    VQ_UNROLL
+    for (int b = 0; b < BLOCKS; ++b)
+      o[first + n][2 * b] = sums[b].thread_elements()[0], o[first + n][2 * b + 1] = sums[b].thread_elements()[1];
   }
 }

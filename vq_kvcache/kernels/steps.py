@@ -23,7 +23,7 @@ GROUPS = {"cuda": 264, "metal": 240, "host": 24}  # that fill a GPU: two on each
 
 class Shape(NamedTuple):
     """What the operands of a plan look like, and which kernel takes them: this program of columns.h, or attend.h with
-    this group (rows of a tile of keys and of values, warps, words fetched ahead)."""
+    this group (rows of a tile of keys and of values, warps, words fetched ahead, blocks of queries)."""
 
     place: str
     dtype: mx.Dtype
@@ -34,7 +34,7 @@ class Shape(NamedTuple):
     key_dims: int
     value_dims: int
     program: columns.Program | None
-    group: tuple[int, int, int, int] | None
+    group: tuple[int, int, int, int, int] | None
 
     @property
     def warps(self) -> int:
@@ -57,7 +57,7 @@ class Shape(NamedTuple):
     @property
     def row_tiles(self) -> int:
         """Thread groups that share a split."""
-        return -(-self.rows // (columns.QUERIES if self.program else launches.QUERIES))
+        return -(-self.rows // (launches.QUERIES * self.group[4] if self.group else columns.QUERIES))
 
     @property
     def tokens(self) -> int:
@@ -98,16 +98,14 @@ class Operands(NamedTuple):
 def _tables(
     keys: SpectralQuantizer, values: SpectralQuantizer, wide: bool, place: str, program: columns.Program | None
 ) -> Any:
-    """(program, group, table, basis of the keys): which kernel reads these codes, and with what."""
-    dims = keys.synthesis.shape[-1], values.synthesis.shape[-1]
+    """(program, words fetched ahead, table, basis of the keys): which kernel reads these codes, and with what."""
     if not wide and place != "metal":
         chosen = columns.chosen(keys, values, program)
         if chosen is not None:
             own, table, basis = chosen
-            return own, None, table, basis
+            return own, 0, table, basis
     stage = 0 if place == "metal" else next(n for n in launches.STAGES if n >= launches.head_words(keys, values))
-    group = launches.group_of(*dims, 4 if wide else 2, stage, place)
-    return None, (*group, stage), launches.layer_table(keys, values), keys.synthesis
+    return None, stage, launches.layer_table(keys, values), keys.synthesis
 
 
 class Reader(NamedTuple):
@@ -126,8 +124,12 @@ def _reader(
     keys, values = launches.spectral(snapshot)
     batch, query_heads, length, key_dims = queries
     _, heads, _, value_dims = snapshot.exact_values.shape
-    program, group, *tables = _tables(keys, values, dtype == mx.float32, place, program)
-    shape = Shape(place, dtype, batch, heads, query_heads // heads, length, key_dims, value_dims, program, group)
+    program, stage, *tables = _tables(keys, values, dtype == mx.float32, place, program)
+    together, group = query_heads // heads, None
+    if program is None:
+        blocks = launches.blocks_of(together * length, place)
+        group = (*launches.group_of(key_dims, value_dims, dtype.size, stage, blocks, place), stage, blocks)
+    shape = Shape(place, dtype, batch, heads, together, length, key_dims, value_dims, program, group)
     codes, chunks = snapshot.codes
     return Reader(shape, codes.words, chunks, (*tables, keys.mean, values.synthesis, values.mean))
 
@@ -229,7 +231,7 @@ def _attend_launch(plan: Plan, o: Operands) -> Launch:
     """The launch of attend.h."""
     shape = plan.shape
     assert shape.group is not None
-    key_rows, value_rows, warps, stage = shape.group
+    key_rows, value_rows, warps, stage, blocks = shape.group
     every = (shape.planes, plan.splits, shape.rows)
     element = shape.dtype.size
     dims = shape.key_dims, shape.value_dims
@@ -241,9 +243,9 @@ def _attend_launch(plan: Plan, o: Operands) -> Launch:
         [mx.float32, mx.float32],
         (plan.splits, shape.planes, shape.row_tiles),
         warps * 32,
-        launches.shared_bytes(*dims, max(key_rows, value_rows), element, warps, stage, shape.place),
+        launches.shared_bytes(*dims, max(key_rows, value_rows), element, warps, stage, blocks, shape.place),
         (("T", shape.dtype), ("DK", dims[0]), ("DV", dims[1]), ("KROWS", key_rows), ("VROWS", value_rows),
-         ("WARPS", warps), ("STAGE", stage)),
+         ("WARPS", warps), ("STAGE", stage), ("BLOCKS", blocks)),
     )  # fmt: skip
 
 
