@@ -7,12 +7,13 @@ Bytes are those of the shipped codec's layouts. Instructions are counted by hand
 (kernels/helpers.h, metal.h, attend.h), constants folded as a compiler does, a half2 operation as two; `COUNTED` cites
 the lines. What lies outside the loop over the tokens is left out. "Full" takes every pipe to be full, which no kernel
 beats; "latency" is with as few SIMD groups on a core as fit its memory, each waiting for its own results. MLX's
-attention in bfloat16 gets the time of its bytes, no more. "Mended" is a kernel that does not exist: it decodes a tile
-in one pass, multiplies with the queries that there are, and fills every pipe.
+attention in bfloat16 gets the time of its bytes, no more. "Mended" is a kernel that does not exist: it decodes values
+in one pass, multiplies them with the queries that there are, and fills every pipe.
 """
 
 import argparse
 import json
+import math
 import pathlib
 from collections import Counter
 from collections.abc import Iterator
@@ -53,14 +54,19 @@ COUNTED = {
         "odd = (turned & odd_low * VqFields<W>::mask) | (one & odd_low) >> 1;",
         "const vq_half2 h = vq_as_half2((x & (mask | mask << 16)) | 0x64006400u);",
         "ea = ea >> 2 * W, eb = eb >> 2 * W, oa = oa >> 2 * W, ob = ob >> 2 * W;",
+        "if (To::passes > 1 && (p.first >= to.first + to.rows || p.first + p.slots * p.words <= to.first)) continue;",
         "vq_word<W, RING, FULL>(a >> p.shift, b >> p.shift, p.slots, c, h, to, p.first + w, p.words);",
     ),
     "metal.h": (
         "VQ_FN uint vq_pair(uint a, uint b, int byte) { return (a >> 8 * byte & 0xffffu) | b >> 8 * byte << 16; }",
-        "simdgroup_multiply_accumulate(sums[b][n], queries[b], levels, sums[b][n]);",
+        "to[0] = x.x, to[1] = x.y, to[2] = x.z, to[3] = x.w;",
         "simdgroup_multiply_accumulate(sums[b], weights[b][k], values, sums[b]);",
     ),
-    "attend.h": ("s[n][i] = vq_weight(s[n][i], top);",),
+    "attend.h": (
+        "to.s[r][0] = vq_fma(q[r], levels.a, to.s[r][0]);",
+        "to.s[r][1] = vq_fma(q[r], levels.b, to.s[r][1]);",
+        "s[n][i] = vq_weight(s[n][i], top);",
+    ),
 }  # fmt: skip
 
 
@@ -101,11 +107,12 @@ def level_pair(width: int, ring: bool, position: int) -> Work:
     return pair.plus(Work(2 + moved + numbers + 1, moved))  # mask, mantissa; store
 
 
-def word_pair(width: int, ring: bool, slots: int, passes: int) -> Work:
-    """vq_word and what fetches it: one word of each of two tokens; 2 * slots numbers."""
+def word_pair(width: int, ring: bool, slots: int, passes: int, several: bool) -> Work:
+    """vq_word and what fetches it: one word of each of two tokens; 2 * slots numbers. passes: those that decode it;
+    several: whether there are more than one."""
     odd = width - 1 if ring else 0
     fetched = FETCHED.plus(TURN if ring else Work(1, 1), 2)  # alone: oa = a >> W
-    around = fetched.plus(STEP, slots).plus(SEVERAL, slots * (passes > 1))
+    around = fetched.plus(STEP, slots).plus(SEVERAL, slots * several)
     if ring and slots == WORD_BITS // width:
         levels = [level_pair(width, ring, s // 2 * 2 * width + (odd if s % 2 else 0)) for s in range(slots)]
     else:
@@ -117,33 +124,35 @@ def word_pair(width: int, ring: bool, slots: int, passes: int) -> Work:
     return result
 
 
-def segments(layout: Layout) -> Iterator[tuple[int, bool, int, int]]:
-    """(width, ring, slots, words) of every segment of every head."""
+def segments(layout: Layout, rows: int) -> Iterator[tuple[int, bool, int, int, int]]:
+    """(width, ring, slots, words, passes) of every segment of every head, where a tile has so many rows."""
     for head in layout.segments:
         for s in head:
-            yield s.width, layout.in_rings(s), s.slots, s.words
+            passes = (s.first + s.slots * s.words - 1) // rows - s.first // rows + 1
+            yield s.width, layout.in_rings(s), s.slots, s.words, passes
 
 
 def on_metal() -> tuple[int, int]:
-    """(passes, SIMD groups): how often each tile is decoded, because so few of its rows fit into the memory of a thread
-    group, and how many SIMD groups fit into that of a core."""
-    blocks = launches.blocks_of(GROUP, "metal")
-    rows, _, warps = launches.group_of(DIMS, DIMS, 2, 0, blocks, "metal")
-    needed = launches.shared_bytes(DIMS, DIMS, rows, 2, warps, 0, blocks, "metal")
+    """(passes, SIMD groups): in how many passes a tile of values is decoded, because so few of its rows fit into the
+    memory of a thread group, and how many SIMD groups fit into that of a core."""
+    queries = launches.queries_of(GROUP, "metal")
+    rows, _, warps = launches.group_of(DIMS, DIMS, 2, 0, queries, "metal")
+    needed = launches.shared_bytes(DIMS, DIMS, rows, 2, warps, 0, queries, "metal")
     return DIMS // rows, CORE_BYTES // needed * warps
 
 
 def by_width(plan: Plan, passes: int) -> tuple[Work, float, dict[str, int]]:
-    """Instructions of decoding a cached number, stored or not; its bits; and how many numbers have each width."""
+    """Instructions of decoding a cached number, stored or not, those of values with as many rows in a tile as so many
+    passes leave; its bits; and how many numbers have each width."""
     total, words, numbers, widths = Work(), 0, 0, Counter[str]()
     for layer in plan.layers.values():
-        for quantizer in (layer.keys, layer.values):
+        for quantizer, own in ((layer.keys, 1), (layer.values, passes)):
             assert quantizer is not None  # the shipped codec packs both
             layout = quantizer.layout
             numbers += layout.heads * quantizer.head_dim
             words += layout.words
-            for width, ring, slots, count in segments(layout):
-                total = total.plus(word_pair(width, ring, slots, passes), count / 2)  # of one token
+            for width, ring, slots, count, decoded in segments(layout, quantizer.head_dim // own):
+                total = total.plus(word_pair(width, ring, slots, decoded, own > 1), count / 2)  # of one token
                 widths[f"{width}{' in rings' if ring else ''}"] += slots * count
     widths["0"] = numbers - sum(widths.values())
     each = Work(total.issued / numbers, total.shifts / numbers)
@@ -151,15 +160,17 @@ def by_width(plan: Plan, passes: int) -> tuple[Work, float, dict[str, int]]:
 
 
 def products(rows: int) -> float:
-    """Lane instructions a number for scores and weighted sums with `rows` queries, 8 in a block of the kernel's.
+    """Lane instructions of a number, keys and values in the mean, for scores of GROUP queries and weighted sums with
+    `rows` queries, 8 in a block of the kernel's.
 
-    An 8 x 8 block of levels takes part in one product of 512 FMA for each block of queries, is loaded by two
-    instructions of each of 32 lanes, and the queries, for keys only, once for eight such blocks.
+    A pair of levels of keys is not stored; the queries' numbers are one load for each four, and they and the levels
+    come from half precision. An 8 x 8 block of levels of values takes part in one product of 512 FMA for each block of
+    queries, and is loaded by two instructions of each of 32 lanes.
     """
-    blocks = rows / 8
-    loads = 1 + blocks / 8 / 2  # keys and values in the mean
+    keys = (2 * GROUP + math.ceil(GROUP / 4) + GROUP + 2 - 1) / 2
+    values = rows / 8 * 8 * LANES / MATRIX_LANES + 1
     softmax = 7 * rows / (2 * DIMS)  # maximum, difference, exp2, comparison, choice, sum, rounding of each score
-    return blocks * 8 * LANES / MATRIX_LANES + loads + softmax
+    return (keys + values) / 2 + softmax
 
 
 def predict(decoding: Work, bits: float, rows: int, simd_groups: int) -> dict[str, dict[str, float]]:
@@ -186,7 +197,7 @@ def predictions() -> dict[str, Any]:
     codec = find_codec(fingerprint(model))
     assert codec is not None  # it is in the package
     (passes, simd_groups), budgets = on_metal(), {}
-    rows = launches.QUERIES * launches.blocks_of(GROUP, "metal")
+    rows = math.ceil(launches.queries_of(GROUP, "metal") / 8) * 8
     for bits in BITS:
         plan = codec.plan(bits)
         decoding, true_bits, widths = by_width(plan, passes)
@@ -199,7 +210,7 @@ def predictions() -> dict[str, Any]:
     for ring, most in ((True, 5), (False, 8)):
         for w in range(1, most + 1):
             numbers = 2 * (WORD_BITS // w)
-            work = word_pair(w, ring, WORD_BITS // w, passes)
+            work = word_pair(w, ring, WORD_BITS // w, passes, passes > 1)
             full_words[f"{w}{' in rings' if ring else ''}"] = [work.issued / numbers, work.shifts / numbers]
     shape = {"tokens": TOKENS, "heads": HEADS, "group": GROUP, "dims": DIMS, "passes": passes}
     shape["simd_groups"] = simd_groups

@@ -170,9 +170,9 @@ def roofline(result: Result) -> str:
     lines += [
         "",
         f"So attention on codes of 2 bits should run at {min(now):.2f} to {max(now):.2f} times the speed of bfloat16. "
-        f"Decoding a number takes {counts} bits, in {shape['passes']} passes for want of memory, and the "
-        f"products {chosen['products']:.1f}, half of them for rows that {shape['group']} query heads leave "
-        "empty. A kernel of one pass without empty rows, which does not exist, could reach "
+        f"Decoding a number takes {counts} bits, with those of values in {shape['passes']} passes for want of memory, "
+        f"and the products {chosen['products']:.1f}, of values half of them for rows that {shape['group']} query heads "
+        "leave empty. A kernel that decodes values in one pass, and without empty rows, could reach "
         f"{min(mended):.2f} to {max(mended):.2f} times that speed."
         + (" The kernel text has changed since it was counted." if stale else ""),
     ]

@@ -106,6 +106,38 @@ def test_a_tile_may_hold_a_part_of_the_dims(monkeypatch):
 
 
 @pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("length", [1, 2, 16])
+def test_coordinates_that_no_code_has_count_for_nothing(length, place):
+    """Their rows of a tile are never written, but for other things that lie there meanwhile."""
+    case = doctor.Case(bits=0.5, length=length, tokens=420)
+    widths = doctor.quantizer(64, 2, 0.5, 1).widths
+    assert min(np.count_nonzero(np.array(w)) for w in widths) < 32
+    error, own = doctor.compare(case, place, lambda launch, _: run(launch, place))
+    assert error <= doctor.allowed(case, own)
+
+
+@pytest.mark.parametrize(
+    ("place", "group", "length", "expected"),
+    [("metal", 4, 1, 4), ("metal", 5, 1, 8), ("metal", 4, 2, 8), ("metal", 3, 3, 16), ("metal", 8, 16, 16),
+     ("cuda", 4, 1, 16)],
+)  # fmt: skip
+def test_a_group_takes_no_more_queries_than_there_are(place, group, length, expected):
+    """On Metal, of 4, 8 or 16; what CUDA multiplies takes sixteen."""
+    held, queries = doctor.snapshot(doctor.Case()), mx.zeros((1, 2 * group, length, 64))
+    plan, operands = steps.step(held, queries, 1.0, None, None, place)
+    assert plan.shape.group[4] == dict(steps.parts_launch(plan, operands).template)["QUERIES"] == expected
+    assert plan.shape.row_tiles == -(-group * length // expected)
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize(("group", "length"), [(1, 1), (3, 1), (5, 1), (7, 1), (4, 2), (3, 3), (7, 4)])
+def test_groups_of_every_size(group, length, place):
+    case = doctor.Case(96, 64, heads=2, group=group, length=length, bits=2.5, mask="causal")
+    error, own = doctor.compare(case, place, lambda launch, _: run(launch, place))
+    assert error <= doctor.allowed(case, own)
+
+
+@pytest.mark.parametrize("place", PLACES)
 def test_what_is_no_number_is_not_taken_for_nothing(place):
     """A query of NaN gives NaN, and to others nothing; a row of which nothing is visible gives zero."""
     p = doctor.problem(doctor.Case(length=2, batch=2))

@@ -10,6 +10,8 @@ import roofline
 import speed
 import speed_tables
 
+from vq_kvcache.spectral.packing import Layout
+
 
 class Counted(int):
     """A word whose operations are counted, as an instruction of a lane does them."""
@@ -96,11 +98,11 @@ def test_a_pair_of_codes_is_decoded_by_as_many_instructions_as_are_counted(width
 
 
 def test_words_cost_what_their_slots_do_and_more_in_two_passes():
-    one, two = (roofline.word_pair(2, True, 16, passes) for passes in (1, 2))
+    one, two = (roofline.word_pair(2, True, 16, passes, passes > 1) for passes in (1, 2))
     levels = sum(roofline.level_pair(2, True, s // 2 * 4 + s % 2).issued for s in range(16))
     assert one.issued == levels + 9 + 2 * 17 + 16
     assert two.issued == levels + 2 * (9 + 2 * 17 + 16 * 6)
-    short = roofline.word_pair(2, True, 15, 1)
+    short = roofline.word_pair(2, True, 15, 1, False)
     assert short.issued == 7 * roofline.level_pair(2, True, 1).issued + 8 * (
         roofline.level_pair(2, True, 0).issued + 7
     ) + (9 + 2 * 17 + 15)
@@ -117,7 +119,9 @@ def test_the_slowest_pipe_decides_a_prediction():
     assert memory["full_us"] == memory["latency_us"] == pytest.approx(numbers * 50 / 273e3)
     waiting = roofline.predict(work, 2.0, 16, 4)["M1 Max"]
     assert waiting["latency_us"] == pytest.approx(1.79 * full["M1 Max"])
-    assert roofline.products(16) - roofline.products(8) == pytest.approx(8 * 128 / 102 + 1 / 16 + 7 * 8 / 256)
+    assert roofline.products(16) - roofline.products(8) == pytest.approx(8 * 128 / 102 / 2 + 7 * 8 / 256)
+    scored = (8 + 1 + 4 + 2 - 1) / 2  # products with four queries, their load, what comes from halves; less the store
+    assert roofline.products(8) == pytest.approx((scored + 8 * 128 / 102 + 1) / 2 + 7 * 8 / 256)
 
 
 def test_widths_of_a_plan_are_counted_by_its_layouts():
@@ -131,6 +135,13 @@ def test_widths_of_a_plan_are_counted_by_its_layouts():
     flat = [w for layer in plan.layers.values() for q in (layer.keys, layer.values) for h in q.widths for w in h]
     assert stored == {w: flat.count(w) for w in stored}
     assert each.issued > each.shifts > 0
+    assert roofline.by_width(plan, 8)[0].issued > each.issued
+
+
+def test_a_segment_is_decoded_in_the_passes_that_have_rows_of_it():
+    layout = Layout([[2] * 32 + [1] * 32], trellis=True)
+    for rows, passes in ((64, [1, 1]), (32, [1, 1]), (16, [2, 2]), (48, [1, 2])):
+        assert [own for *_, own in roofline.segments(layout, rows)] == passes
 
 
 def test_counts_in_another_text_are_refused_and_named_stale(monkeypatch):

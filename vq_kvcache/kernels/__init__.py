@@ -60,8 +60,8 @@ ATTEND = Body(
     ("q", "keys", "values", *CHUNK_NAMES, "rows", "fold", "mean", "table", "levels", "params", "scale", "hidden",
      "added"),
     ("sums", "outputs"),
-    "vq_attend<T, DK, DV, KROWS, VROWS, WARPS, STAGE, BLOCKS>(q, keys, values, VQ_CHUNK_NAMES, rows, fold, mean, table, "
-    "levels, params, scale, hidden, added, sums, outputs, vq_shared, vq_x, vq_y, vq_z, vq_thread);\n",
+    "vq_attend<T, DK, DV, KROWS, VROWS, WARPS, STAGE, QUERIES>(q, keys, values, VQ_CHUNK_NAMES, rows, fold, mean, "
+    "table, levels, params, scale, hidden, added, sums, outputs, vq_shared, vq_x, vq_y, vq_z, vq_thread);\n",
 )  # fmt: skip
 COLUMNS = Body(
     "columns",

@@ -201,8 +201,9 @@ VQ_FN void vq_attend_exact(VQ_IN(T) q, VQ_IN(T) keys, VQ_IN(T) values, VqRows he
   }
 }
 
-// The queries of this row tile in the basis of the codes: folded [QUERIES, DK + VQ_PAD], and the share of the keys' mean in
-// every score, constant [QUERIES]. plain: [QUERIES, DK], only for the time of this function.
+// The queries of this row tile in the basis of the codes: folded [QUERIES, DK + VQ_PAD], or, where keys are scored as they
+// come, [DK, QUERIES], and the share of the keys' mean in every score, constant [QUERIES]. plain: [QUERIES, DK], only for the
+// time of this function.
 template <typename T, typename E, int DK, int QUERIES>
 VQ_FN void vq_fold(VQ_IN(T) q, VQ_IN(float) fold, VQ_IN(float) mean, VQ_IN(int) params, float scale, int stored,
                    int fold_rows, VQ_SHARED(float) plain, VQ_SHARED(E) folded, VQ_SHARED(float) mean_score,
@@ -241,7 +242,7 @@ VQ_FN void vq_fold(VQ_IN(T) q, VQ_IN(float) fold, VQ_IN(float) mean, VQ_IN(int) 
       }
       VQ_UNROLL
       for (int r = 0; r < 4; ++r)
-        if (at.lane == r) vq_set(folded[(first + r) * (DK + VQ_PAD) + n], x[r]);
+        if (at.lane == r) vq_set(folded[VQ_DIRECT ? n * QUERIES + first + r : (first + r) * (DK + VQ_PAD) + n], x[r]);
     }
   }
   for (int row = at.warp; row < QUERIES; row += threads / 32) {
@@ -260,6 +261,66 @@ template <int DV, int HELD>
 struct VqRunning {
   float top[HELD / 2], sum[HELD / 2], output[DV / 8][HELD];
 };
+
+// In place of a tile of keys, scores of this lane's two tokens: each level is multiplied with the queries as it comes. at:
+// where those of the first coordinate are.
+template <typename E, int QUERIES>
+struct VqScores {
+  typedef VQ_SHARED(const E) Place;
+  typedef VqKind<sizeof(E) == 4> Kind;
+  enum { passes = 1 };
+  Place at;
+  int stride, first, rows;
+  float s[QUERIES][2];
+};
+template <typename E, int QUERIES>
+VQ_FN void vq_take(VQ_THREAD VqScores<E, QUERIES>& to, VQ_SHARED(const E) at, VqFloats levels) {
+  float q[QUERIES];
+  VQ_UNROLL
+  for (int r = 0; r < QUERIES; r += 4) vq_load_four(at + r, q + r);
+  VQ_UNROLL
+  for (int r = 0; r < QUERIES; ++r) {
+    to.s[r][0] = vq_fma(q[r], levels.a, to.s[r][0]);
+    to.s[r][1] = vq_fma(q[r], levels.b, to.s[r][1]);
+  }
+}
+template <typename E, int QUERIES>
+VQ_FN void vq_take(VQ_THREAD VqScores<E, QUERIES>& to, VQ_SHARED(const E) at, vq_half2 levels) {
+  const VqFloats own = {vq_low(levels), vq_high(levels)};
+  vq_take(to, at, own);
+}
+
+// Where the score of a query and a token lies, in floats, in a tile of E: there a lane writes no numbers but those of its own
+// tokens.
+template <typename E>
+VQ_FN int vq_score_place(int query, int token) {
+  enum { IN_FLOAT = 4 / sizeof(E), OWN = 2 / IN_FLOAT };  // of E; floats of a lane in a row of the tile
+  const int own = 2 * query + token % 2;
+  return own / OWN * (VQ_STRIDE / IN_FLOAT) + token / 2 * OWN + own % OWN;
+}
+
+// Scores as tokens' lanes have them -> fragments; rows of no query are zero, and so is `space` afterwards.
+template <typename E, int QUERIES, int HELD>
+VQ_FN void vq_spread(VQ_THREAD float (&s)[8][HELD], VQ_THREAD const VqScores<E, QUERIES>& from, VQ_SHARED(float) space, int lane) {
+  VQ_UNROLL
+  for (int r = 0; r < QUERIES; ++r) {
+    VQ_UNROLL
+    for (int i = 0; i < 2; ++i) space[vq_score_place<E>(r, 2 * lane + i)] = from.s[r][i];
+  }
+  VQ_SYNC_WARP();
+  VQ_UNROLL
+  for (int e = 0; e < HELD; ++e) {
+    const int row = VQ_ROW(lane) + e / 2 * 8;
+    VQ_UNROLL
+    for (int n = 0; n < 8; ++n) s[n][e] = row < QUERIES ? space[vq_score_place<E>(row, n * 8 + VQ_COL(lane) + e % 2)] : 0.0f;
+  }
+  VQ_SYNC_WARP();
+  VQ_UNROLL
+  for (int r = 0; r < QUERIES; ++r) {
+    VQ_UNROLL
+    for (int i = 0; i < 2; ++i) space[vq_score_place<E>(r, 2 * lane + i)] = 0.0f;
+  }
+}
 
 // Scores of one tile, in place, to weights; the running sums are brought to the new maximum.
 template <int DV, int HELD>
@@ -356,24 +417,25 @@ VQ_FN void vq_add_values(VQ_THREAD float (&output)[DV / 8][HELD], int pass, VQ_T
 }
 
 // Where things lie in shared memory, in floats: constants of the rows, chunks, two books, folded queries, and then for
-// each warp staged words, scratch and a tile.
+// each warp staged words, scratch and a tile, or the scores of its tokens.
 template <typename E, int DK, int ROWS, int STAGE, int QUERIES>
 struct VqSpace {
   enum {
+    levels = ROWS * VQ_STRIDE * (int)sizeof(E) / 4, scores = VQ_DIRECT ? QUERIES * VQ_STRIDE : 0,
     chunks = 16, books = 32, folded = books + 2 * VQ_BOOK, warps = folded + QUERIES * (DK + VQ_PAD) * (int)sizeof(E) / 4,
-    tile = STAGE * VQ_TOKENS + VQ_SCRATCH(E), warp = tile + ROWS * VQ_STRIDE * (int)sizeof(E) / 4,
+    tile = STAGE * VQ_TOKENS + VQ_SCRATCH(E), warp = tile + (levels > scores ? levels : scores),
   };
 };
 
-// Packed tokens. KROWS, VROWS: dims of keys and of values that a tile holds at once. STAGE: words of keys and values of
-// a head that a warp fetches ahead; 0 for none. BLOCKS: of eight queries.
-template <typename T, typename E, int DK, int DV, int KROWS, int VROWS, int WARPS, int STAGE, int BLOCKS>
+// Packed tokens. KROWS, VROWS: dims of keys, if they go through a tile, and of values that it holds at once. STAGE: words of keys and values of
+// a head that a warp fetches ahead; 0 for none.
+template <typename T, typename E, int DK, int DV, int KROWS, int VROWS, int WARPS, int STAGE, int QUERIES>
 VQ_FN void vq_attend_packed(VQ_IN(T) q, VQ_CHUNK_ARGUMENTS, VqRows held, VQ_IN(float) fold, VQ_IN(float) mean,
                             VQ_IN(int) table, VQ_IN(float) levels, VQ_IN(int) params, float scale,
                             VQ_IN(unsigned char) hidden, VQ_IN(float) added, VQ_OUT(float) sums,
                             VQ_OUT(float) outputs, VQ_SHARED(float) shared, VQ_THREAD const VqPlace& at) {
-  typedef VqSpace<E, DK, (KROWS > VROWS ? KROWS : VROWS), STAGE, 8 * BLOCKS> Space;
-  enum { HELD = 2 * BLOCKS };
+  typedef VqSpace<E, DK, (KROWS > VROWS ? KROWS : VROWS), STAGE, QUERIES> Space;
+  enum { BLOCKS = (QUERIES + 7) / 8, HELD = 2 * BLOCKS };  // of eight rows
   VQ_SHARED(float) mean_score = shared;
   VQ_SHARED(int) chunks = (VQ_SHARED(int))(shared + Space::chunks);
   VQ_SHARED(E) folded = (VQ_SHARED(E))(shared + Space::folded);
@@ -389,8 +451,8 @@ VQ_FN void vq_attend_packed(VQ_IN(T) q, VQ_CHUNK_ARGUMENTS, VqRows held, VQ_IN(f
   const int first_word[2] = {table[entries[0] + 3], table[entries[1] + 3]};
   const int words[2] = {table[entries[0] + 4], table[entries[1] + 4]};
   const int total_words = table[VQ_TOTAL_WORDS], count = params[VQ_CHUNKS];
-  vq_fold<T, E, DK, 8 * BLOCKS>(q, fold, mean, params, scale, table[entries[0] + 2], table[VQ_KEY_ROWS], shared + Space::warps,
-                    folded, mean_score, at, WARPS * 32);
+  vq_fold<T, E, DK, QUERIES>(q, fold, mean, params, scale, table[entries[0] + 2], table[VQ_KEY_ROWS], shared + Space::warps,
+                             folded, mean_score, at, WARPS * 32);
   // What is never written must not be NaN.
   for (int i = at.lane; i < (KROWS > VROWS ? KROWS : VROWS) * VQ_STRIDE; i += 32) vq_set(tile[i], 0.0f);
   VQ_SYNC_GROUP();
@@ -429,7 +491,7 @@ VQ_FN void vq_attend_packed(VQ_IN(T) q, VQ_CHUNK_ARGUMENTS, VqRows held, VQ_IN(f
     VQ_LOOP
     for (int part = 0; part < 2; ++part) {  // keys, then values: a loop, so that the decoder is in the program once
       const VqBook book = part ? value_book : key_book;
-      const int rows = part ? VROWS : KROWS, passes = part ? DV / VROWS : DK / KROWS;
+      const int rows = part ? VROWS : KROWS, passes = part ? DV / VROWS : VQ_DIRECT ? 0 : DK / KROWS;
 #if VQ_STAGED
       VQ_SHARED(const uint) source = staged + (part ? words[0] * VQ_TOKENS : 0) + 2 * at.lane;
       const int stride = VQ_TOKENS;
@@ -441,9 +503,19 @@ VQ_FN void vq_attend_packed(VQ_IN(T) q, VQ_CHUNK_ARGUMENTS, VqRows held, VQ_IN(f
       const int stride = t.capacity;
       const bool loads = t.token + 2 * at.lane < t.capacity;
 #endif
+#if VQ_DIRECT
+      if (part == 0) {
+        VqScores<E, QUERIES> scores;
+        scores.at = folded, scores.stride = QUERIES, scores.first = 0, scores.rows = DK;
+        VQ_UNROLL
+        for (int r = 0; r < QUERIES; ++r) scores.s[r][0] = scores.s[r][1] = 0.0f;
+        vq_decode_tile(book, source, stride, loads, scores);
+        vq_spread(s, scores, (VQ_SHARED(float))tile, at.lane);
+      }
+#endif
       VQ_LOOP
       for (int pass = 0; pass < passes; ++pass) {
-        const VqTarget<VQ_SHARED(E), sizeof(E) == 4, (DK > KROWS || DV > VROWS) ? 2 : 1> to = {
+        VqTarget<VQ_SHARED(E), sizeof(E) == 4, ((DK > KROWS && !VQ_DIRECT) || DV > VROWS) ? 2 : 1> to = {
             tile + 2 * at.lane, VQ_STRIDE, pass * rows, rows};
         vq_decode_tile(book, source, stride, loads, to);
         VQ_SYNC_WARP();
@@ -458,11 +530,12 @@ VQ_FN void vq_attend_packed(VQ_IN(T) q, VQ_CHUNK_ARGUMENTS, VqRows held, VQ_IN(f
             vq_stage_nothing();
         }
 #endif
+#if !VQ_DIRECT
         if (part == 0) {
           vq_scores<KROWS>(s, folded + pass * KROWS, DK + VQ_PAD, tile, at.lane);
-        } else {
+        } else
+#endif
           vq_add_values<DV, VROWS>(running.output, pass, s, tile, scratch, at.lane);
-        }
         VQ_SYNC_WARP();
       }
       if (part == 0) {
@@ -483,19 +556,19 @@ struct VqElement<float> {
   typedef float type;
 };
 
-// One thread group: x the split, y head and batch row, z 8 BLOCKS queries of a group of query heads.
-template <typename T, int DK, int DV, int KROWS, int VROWS, int WARPS, int STAGE, int BLOCKS>
+// One thread group: x the split, y head and batch row, z QUERIES queries of a group of query heads.
+template <typename T, int DK, int DV, int KROWS, int VROWS, int WARPS, int STAGE, int QUERIES>
 VQ_FN void vq_attend(VQ_IN(T) q, VQ_IN(T) keys, VQ_IN(T) values, VQ_CHUNK_ARGUMENTS, VQ_IN(int) rows,
                      VQ_IN(float) fold, VQ_IN(float) mean, VQ_IN(int) table, VQ_IN(float) levels, VQ_IN(int) params,
                      VQ_IN(float) scale, VQ_IN(unsigned char) hidden, VQ_IN(float) added, VQ_OUT(float) sums,
                      VQ_OUT(float) outputs, VQ_SHARED(float) shared, int x, int y, int z, int worker) {
-  const VqPlace at = vq_place<8 * BLOCKS>(params, x, y, z, worker);
+  const VqPlace at = vq_place<QUERIES>(params, x, y, z, worker);
   const VqRows held = vq_rows(rows, at.batch);
   if (x < params[VQ_EXACT_SPLITS]) {
-    vq_attend_exact<T, DK, DV, 8 * BLOCKS>(q, keys, values, held, params, DV, scale[0], hidden, added, sums, outputs, shared,
-                                   at, WARPS * 32);
+    vq_attend_exact<T, DK, DV, QUERIES>(q, keys, values, held, params, DV, scale[0], hidden, added, sums, outputs, shared,
+                                        at, WARPS * 32);
   } else {
-    vq_attend_packed<T, typename VqElement<T>::type, DK, DV, KROWS, VROWS, WARPS, STAGE, BLOCKS>(
+    vq_attend_packed<T, typename VqElement<T>::type, DK, DV, KROWS, VROWS, WARPS, STAGE, QUERIES>(
         q, VQ_CHUNK_NAMES, held, fold, mean, table, levels, params, scale[0], hidden, added, sums, outputs, shared, at);
   }
 }

@@ -107,6 +107,7 @@ VQ_FN void vq_fetch4(uint* to, const uint* from) {
 // Words of a tile, fetched ahead: `words` rows of TOKENS tokens; `left` tokens exist, a multiple of four. Each call is
 // one group of copies; vq_stage_wait leaves the newest group under way.
 #define VQ_STAGED 1
+#define VQ_DIRECT 0  // keys go through a tile, as the matrix units take it
 template <int TOKENS>
 VQ_FN void vq_stage(uint* to, const uint* from, int capacity, int left, int words, int lane) {
   for (int i = lane; i < words * (TOKENS / 4); i += 32) {

@@ -18,7 +18,7 @@ VQ_FN void vq_decode(VQ_CHUNK_ARGUMENTS, VQ_IN(int) table, VQ_IN(float) levels, 
                                 batch);
   if (2 * lane >= t.valid) return;
   VQ_DEVICE(E) at = result + ((size_t)batch * params[VQ_DECODE_HEADS] + head) * dims * stride + t.first + 2 * lane;
-  const VqTarget<VQ_DEVICE(E), sizeof(E) == 4, 1> to = {at, stride, 0, dims};
+  VqTarget<VQ_DEVICE(E), sizeof(E) == 4, 1> to = {at, stride, 0, dims};
   vq_decode_tile(book, t.words + (size_t)table[entry + 3] * t.capacity + 2 * lane, t.capacity, true, to);
   for (int n = table[entry + 2]; n < dims; ++n) at[(size_t)n * stride] = at[(size_t)n * stride + 1] = E(0.0f);
 }

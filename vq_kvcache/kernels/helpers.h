@@ -108,72 +108,84 @@ struct VqTerms {
 VQ_FN void vq_put(VQ_SHARED(vq_half) at, vq_half2 pair) { *(VQ_SHARED(vq_half2))at = pair; }
 VQ_FN void vq_put(VQ_SHARED(float) at, float a, float b) { at[0] = a, at[1] = b; }
 
+// Levels of one code of each of two tokens are two halves, or, where all is float32, these.
+struct VqFloats {
+  float a, b;
+};
+template <bool WIDE>
+struct VqKind {};
+
 // A tile [dims, tokens] that levels are written to: rows first .. first + rows - 1, or all when PASSES is 1.
 template <typename P, bool WIDE, int PASSES>
 struct VqTarget {
+  typedef P Place;
+  typedef VqKind<WIDE> Kind;
+  enum { passes = PASSES };
   P at;
   int stride, first, rows;
 };
+template <typename P, int PASSES>
+VQ_FN void vq_take(VQ_THREAD VqTarget<P, false, PASSES>&, P at, vq_half2 levels) { vq_put(at, levels); }
+template <typename P, int PASSES>
+VQ_FN void vq_take(VQ_THREAD VqTarget<P, true, PASSES>&, P at, VqFloats levels) { vq_put(at, levels.a, levels.b); }
 
-// Levels of one code of each of two tokens, at bit `pos` of a and b. h: the polynomial in half precision.
-template <int W, bool RING, typename P, int PASSES>
-VQ_FN void vq_level_pair(uint a, uint b, int pos, VQ_SHARED(const float) c, VQ_THREAD const vq_half2* h,
-                         VQ_THREAD const VqTarget<P, false, PASSES>&, P at) {
+// Levels of the code at bit `pos` of a, and of b. h: the polynomial in half precision.
+template <int W, bool RING>
+VQ_FN vq_half2 vq_level_pair(uint a, uint b, int pos, VQ_SHARED(const float) c, VQ_THREAD const vq_half2* h, VqKind<false>) {
   const vq_half2 t = vq_centred(a, b, RING ? W + 1 : W, pos);
-  if (W < 5 || RING) {
-    vq_put(at, vq_polynomial<VqTerms<W, RING>::count>(t, h));
-  } else {  // the long polynomials of wide codes cancel too much for half precision
-    vq_put(at, vq_pack(vq_polynomial<VqTerms<W, RING>::count>(vq_low(t), c),
-                       vq_polynomial<VqTerms<W, RING>::count>(vq_high(t), c)));
-  }
+  if (W < 5 || RING) return vq_polynomial<VqTerms<W, RING>::count>(t, h);
+  // The long polynomials of wide codes cancel too much for half precision.
+  return vq_pack(vq_polynomial<VqTerms<W, RING>::count>(vq_low(t), c), vq_polynomial<VqTerms<W, RING>::count>(vq_high(t), c));
 }
-template <int W, bool RING, typename P, int PASSES>
-VQ_FN void vq_level_pair(uint a, uint b, int pos, VQ_SHARED(const float) c, VQ_THREAD const vq_half2*,
-                         VQ_THREAD const VqTarget<P, true, PASSES>&, P at) {
+template <int W, bool RING>
+VQ_FN VqFloats vq_level_pair(uint a, uint b, int pos, VQ_SHARED(const float) c, VQ_THREAD const vq_half2*, VqKind<true>) {
   const int bits = RING ? W + 1 : W;
   const uint mask = (1u << bits) - 1u;
   const float scale = 2.0f / (1 << bits), offset = scale / 2 - 1.0f;
-  vq_put(at, vq_polynomial<VqTerms<W, RING>::count>(vq_fma((float)(a >> pos & mask), scale, offset), c),
-         vq_polynomial<VqTerms<W, RING>::count>(vq_fma((float)(b >> pos & mask), scale, offset), c));
+  const VqFloats levels = {
+      vq_polynomial<VqTerms<W, RING>::count>(vq_fma((float)(a >> pos & mask), scale, offset), c),
+      vq_polynomial<VqTerms<W, RING>::count>(vq_fma((float)(b >> pos & mask), scale, offset), c)};
+  return levels;
 }
 
 // One word of each of two neighbouring tokens -> their levels, to rows row, row + step, ... FULL: as many slots as the
 // word holds, so all positions are constants; else a short loop, which keeps the program small.
-template <int W, bool RING, bool FULL, typename P, bool WIDE, int PASSES>
+template <int W, bool RING, bool FULL, typename To>
 VQ_FN void vq_word(uint a, uint b, int slots, VQ_SHARED(const float) c, VQ_THREAD const vq_half2* h,
-                   VQ_THREAD const VqTarget<P, WIDE, PASSES>& to, int row, int step) {
+                   VQ_THREAD To& to, int row, int step) {
   uint ea = a, eb = b, oa = a >> W, ob = b >> W;
   if (RING) vq_turn<W>(a, slots, ea, oa), vq_turn<W>(b, slots, eb, ob);
   const int odd = RING ? W - 1 : 0;  // where odd codes begin
-  P at = to.at + (row - to.first) * to.stride;
+  typename To::Place at = to.at + (row - to.first) * to.stride;
+  const typename To::Kind kind = {};
   const int next = step * to.stride;
   if (FULL) {
     VQ_UNROLL
     for (int s = 0; s < 32 / W; ++s) {
-      if (PASSES == 1 || (row >= to.first && row < to.first + to.rows))
-        vq_level_pair<W, RING>(s % 2 ? oa : ea, s % 2 ? ob : eb, s / 2 * 2 * W + (s % 2 ? odd : 0), c, h, to, at);
+      if (To::passes == 1 || (row >= to.first && row < to.first + to.rows))
+        vq_take(to, at, vq_level_pair<W, RING>(s % 2 ? oa : ea, s % 2 ? ob : eb, s / 2 * 2 * W + (s % 2 ? odd : 0), c, h, kind));
       at += next;
-      if (PASSES > 1) row += step;
+      if (To::passes > 1) row += step;
     }
   } else {
     VQ_LOOP
     for (int s = 0; s < slots; s += 2) {
-      if (PASSES == 1 || (row >= to.first && row < to.first + to.rows))
-        vq_level_pair<W, RING>(ea, eb, 0, c, h, to, at);
-      if (s + 1 < slots && (PASSES == 1 || (row + step >= to.first && row + step < to.first + to.rows)))
-        vq_level_pair<W, RING>(oa, ob, odd, c, h, to, at + next);
+      if (To::passes == 1 || (row >= to.first && row < to.first + to.rows))
+        vq_take(to, at, vq_level_pair<W, RING>(ea, eb, 0, c, h, kind));
+      if (s + 1 < slots && (To::passes == 1 || (row + step >= to.first && row + step < to.first + to.rows)))
+        vq_take(to, at + next, vq_level_pair<W, RING>(oa, ob, odd, c, h, kind));
       ea = ea >> 2 * W, eb = eb >> 2 * W, oa = oa >> 2 * W, ob = ob >> 2 * W;
       at += 2 * next;
-      if (PASSES > 1) row += 2 * step;
+      if (To::passes > 1) row += 2 * step;
     }
   }
 }
 
 // The words of a piece, of this lane's two tokens (the first is even, so that both are one load). words: rows of
 // `stride`, from the first token on. `held`: whether they exist.
-template <int W, bool RING, bool FULL, typename Q, typename P, bool WIDE, int PASSES>
+template <int W, bool RING, bool FULL, typename Q, typename To>
 VQ_FN void vq_decode_words(VQ_THREAD const VqPiece& p, Q words, int stride, bool held, VQ_SHARED(const float) levels,
-                           VQ_THREAD const VqTarget<P, WIDE, PASSES>& to) {
+                           VQ_THREAD To& to) {
   VQ_SHARED(const float) c = levels + ((RING ? 9 : 0) + W) * VQ_COEFFICIENTS;
   vq_half2 h[3];
   VQ_UNROLL
@@ -190,9 +202,9 @@ VQ_FN void vq_decode_words(VQ_THREAD const VqPiece& p, Q words, int stride, bool
   }
 }
 
-template <int W, typename Q, typename P, bool WIDE, int PASSES>
+template <int W, typename Q, typename To>
 VQ_FN void vq_decode_rings(VQ_THREAD const VqPiece& p, Q words, int stride, bool held,
-                           VQ_SHARED(const float) levels, VQ_THREAD const VqTarget<P, WIDE, PASSES>& to) {
+                           VQ_SHARED(const float) levels, VQ_THREAD To& to) {
   if (p.slots == 32 / W) {
     vq_decode_words<W, true, true>(p, words, stride, held, levels, to);
   } else {
@@ -200,14 +212,14 @@ VQ_FN void vq_decode_rings(VQ_THREAD const VqPiece& p, Q words, int stride, bool
   }
 }
 
-// All pieces of a head into a tile. words: of this batch row, from its first word and this lane's first token on.
-template <typename Q, typename P, bool WIDE, int PASSES>
-VQ_FN void vq_decode_tile(VQ_THREAD const VqBook& book, Q words, int stride, bool held,
-                          VqTarget<P, WIDE, PASSES> to) {
+// All pieces of a head into a tile, or what else takes levels. words: of this batch row, from its first word and this lane's first token on.
+template <typename Q, typename To>
+VQ_FN void vq_decode_tile(VQ_THREAD const VqBook& book, Q words, int stride, bool held, VQ_THREAD To& to) {
   VQ_SHARED(const float) levels = book.levels;
   VQ_LOOP
   for (int i = 0; i < book.count; ++i) {
     const VqPiece p = vq_piece(book.pieces + i * VQ_PIECE_INTS);
+    if (To::passes > 1 && (p.first >= to.first + to.rows || p.first + p.slots * p.words <= to.first)) continue;
     switch (p.width + (p.ring ? 16 : 0)) {
       case 1: vq_decode_words<1, false, false>(p, words, stride, held, levels, to); break;
       case 2: vq_decode_words<2, false, false>(p, words, stride, held, levels, to); break;

@@ -17,6 +17,7 @@
 #define VQ_UNROLL_BY(n)
 #define VQ_LOOP
 #define VQ_STAGED 1
+#define VQ_DIRECT 0  // keys go through a tile, as the matrix units take it
 #define VQ_SYNC_GROUP() VqFibers::current->wait(false)
 #define VQ_SYNC_WARP() VqFibers::current->wait(true)
 enum { VQ_TOKENS = 64, VQ_STRIDE = 72, VQ_PAD = 8 };

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 TOKENS = 64  # of a tile, VQ_TOKENS
-QUERIES = 8  # of a block: a thread group takes one or two
+QUERIES = (4, 8, 16)  # of a thread group
 HEAD_DIMS = (64, 80, 96, 112, 128, 192, 256)
 MASK_KINDS = {"none": 0, "causal": 1, "bool": 2, "added": 3}
 MOST_QUERIES = 16  # tokens at once that `attend` takes; prompts go another way
@@ -185,39 +185,43 @@ def tile_rows(dims: int, most: int) -> int:
     return max((n for n in range(16, most + 1, 16) if dims % n == 0), default=16)
 
 
-def blocks_of(queries: int, place: str) -> int:
-    """Blocks of a thread group, where a KV head has so many queries. What multiplies two at once on CUDA gets two."""
-    return 1 if place == "metal" and queries <= QUERIES else 2
+def queries_of(rows: int, place: str) -> int:
+    """Of so many of a KV head, those that a thread group takes. The matrix units of CUDA take sixteen."""
+    return next((n for n in QUERIES if rows <= n), QUERIES[-1]) if place == "metal" else QUERIES[-1]
 
 
 def shared_bytes(
-    key_dims: int, value_dims: int, rows: int, element: int, warps: int, stage: int, blocks: int, place: str
+    key_dims: int, value_dims: int, rows: int, element: int, warps: int, stage: int, queries: int, place: str
 ) -> int:
     """What a thread group of `attend` needs, see VqSpace in attend.h."""
-    queries = QUERIES * blocks
+    blocks = -(-queries // 8)
     scratch = 4096 if place == "host" or (place == "cuda" and element == 4) else 0
     head = 128 + 2 * BOOK_BYTES
     folded = queries * (key_dims + 8) * element
-    packed = head + folded + warps * (256 * stage + scratch + rows * 72 * element)
+    tile = max(rows * 72 * element, 4 * 72 * queries if place == "metal" else 0)
+    packed = head + folded + warps * (256 * stage + scratch + tile)
     folding = head + folded + 4 * queries * key_dims
-    gathering = head + 4 * warps * queries * (value_dims + 2)
+    gathering = head + 4 * warps * 8 * blocks * (value_dims + 2)
     exact = 4 * queries * (key_dims + TOKENS)
     return max(packed, folding, gathering, exact)
 
 
 @functools.cache
-def group_of(key_dims: int, value_dims: int, element: int, stage: int, blocks: int, place: str) -> tuple[int, int, int]:
+def group_of(
+    key_dims: int, value_dims: int, element: int, stage: int, queries: int, place: str
+) -> tuple[int, int, int]:
     """(rows of a tile of keys, of values, warps) of a thread group that fits in shared memory."""
-    most = max(key_dims, value_dims)
 
     def need(rows: int, warps: int) -> int:
-        return shared_bytes(key_dims, value_dims, rows, element, warps, stage, blocks, place)
+        return shared_bytes(key_dims, value_dims, rows, element, warps, stage, queries, place)
 
-    if place == "metal":  # two warps, unless their tiles would be much too low
-        rows = {w: max((n for n in range(16, most + 1, 16) if need(n, w) <= METAL_BYTES), default=16) for w in (1, 2)}
-        low = {w: min(tile_rows(key_dims, rows[w]), tile_rows(value_dims, rows[w])) for w in rows}
-        warps = 2 if low[2] >= 32 else 1
-        return tile_rows(key_dims, rows[warps]), tile_rows(value_dims, rows[warps]), warps
+    if place == "metal":  # two warps, unless their tiles, of values alone, would be much too low
+        every = range(16, value_dims + 1, 16)
+        rows = {w: max((n for n in every if need(n, w) <= METAL_BYTES), default=16) for w in (1, 2)}
+        rows = {w: tile_rows(value_dims, n) for w, n in rows.items()}
+        warps = 2 if rows[2] >= 32 else 1
+        return rows[warps], rows[warps], warps
+    most = max(key_dims, value_dims)
     fitting = [w for w in range(4, 7) if need(most, w) <= 115_600]  # beside a second group
     alone = [w for w in range(1, 7) if need(most, w) <= GROUP_BYTES]
     return key_dims, value_dims, 1 if place == "host" else max(fitting or alone)
@@ -410,8 +414,9 @@ def has_room(key_dims: int, value_dims: int, dtype: mx.Dtype, place: str) -> boo
     if place != "metal":
         return True
     element = 4 if dtype == mx.float32 else 2
-    key_rows, value_rows, warps = group_of(key_dims, value_dims, element, 0, 2, place)
-    return shared_bytes(key_dims, value_dims, max(key_rows, value_rows), element, warps, 0, 2, place) <= METAL_BYTES
+    key_rows, value_rows, warps = group_of(key_dims, value_dims, element, 0, QUERIES[-1], place)
+    rows = max(key_rows, value_rows)
+    return shared_bytes(key_dims, value_dims, rows, element, warps, 0, QUERIES[-1], place) <= METAL_BYTES
 
 
 def fits(snapshot: "Snapshot", dtype: mx.Dtype, place: str) -> bool:

@@ -19,6 +19,7 @@ using namespace metal;
 #define VQ_SYNC_WARP() simdgroup_barrier(mem_flags::mem_threadgroup)
 enum { VQ_TOKENS = 64, VQ_STRIDE = 72, VQ_PAD = 8 };
 #define VQ_SCRATCH(E) 0
+#define VQ_DIRECT 1  // keys are scored as they come: matrix units do no more a cycle than lanes, and empty rows as well
 #define VQ_STAGED 0  // nothing copies to threadgroup memory in the background
 
 typedef half vq_half;
@@ -61,43 +62,20 @@ VQ_FN void vq_load2(const device uint* from, thread uint& a, thread uint& b) {
   const uint2 x = *(const device uint2*)from;
   a = x.x, b = x.y;
 }
+VQ_FN void vq_load_four(const threadgroup half* from, thread float* to) {
+  const half4 x = *(const threadgroup half4*)from;
+  to[0] = x.x, to[1] = x.y, to[2] = x.z, to[3] = x.w;
+}
+VQ_FN void vq_load_four(const threadgroup float* from, thread float* to) {
+  const float4 x = *(const threadgroup float4*)from;
+  to[0] = x.x, to[1] = x.y, to[2] = x.z, to[3] = x.w;
+}
 // Levels that go to an output; helpers.h has those that go to a tile.
 VQ_FN void vq_put(device half* at, half2 pair) { *(device half2*)at = pair; }
 VQ_FN void vq_put(device float* at, float a, float b) { at[0] = a, at[1] = b; }
 
-// s[8 BLOCKS, 64] += q[8 BLOCKS, ROWS] tile[ROWS, 64]; q row-major of stride `stride`, tile of stride VQ_STRIDE. BLOCKS: half
-// of HELD, numbers of a lane in every eight columns.
-template <int ROWS, int HELD, typename E>
-VQ_FN void vq_scores(thread float (&s)[8][HELD], const threadgroup E* q, int stride, const threadgroup E* tile, uint) {
-  enum { BLOCKS = HELD / 2 };
-  simdgroup_matrix<float, 8, 8> sums[BLOCKS][8];
-  VQ_UNROLL
-  for (int b = 0; b < BLOCKS; ++b) {
-    VQ_UNROLL
-    for (int n = 0; n < 8; ++n)
-      sums[b][n].thread_elements()[0] = s[n][2 * b], sums[b][n].thread_elements()[1] = s[n][2 * b + 1];
-  }
-  VQ_LOOP
-  for (int k = 0; k < ROWS; k += 8) {
-    simdgroup_matrix<E, 8, 8> queries[BLOCKS], levels;
-    VQ_UNROLL
-    for (int b = 0; b < BLOCKS; ++b) simdgroup_load(queries[b], q + b * 8 * stride + k, stride);
-    VQ_UNROLL
-    for (int n = 0; n < 8; ++n) {
-      simdgroup_load(levels, tile + k * VQ_STRIDE + n * 8, VQ_STRIDE);
-      VQ_UNROLL
-      for (int b = 0; b < BLOCKS; ++b) simdgroup_multiply_accumulate(sums[b][n], queries[b], levels, sums[b][n]);
-    }
-  }
-  VQ_UNROLL
-  for (int b = 0; b < BLOCKS; ++b) {
-    VQ_UNROLL
-    for (int n = 0; n < 8; ++n)
-      s[n][2 * b] = sums[b][n].thread_elements()[0], s[n][2 * b + 1] = sums[b][n].thread_elements()[1];
-  }
-}
-
-// o[8 BLOCKS, ROWS] += p[8 BLOCKS, 64] tile[ROWS, 64]^T; from fragment `first` of o on.
+// o[8 BLOCKS, ROWS] += p[8 BLOCKS, 64] tile[ROWS, 64]^T; from fragment `first` of o on. BLOCKS: half of HELD, numbers of a lane
+// in every eight columns.
 template <int ROWS, int HELD, int N, typename E>
 VQ_FN void vq_accumulate(thread float (&o)[N][HELD], int first, thread const float (&p)[8][HELD],
                          const threadgroup E* tile, threadgroup float*, uint) {

@@ -23,7 +23,7 @@ GROUPS = {"cuda": 264, "metal": 240, "host": 24}  # that fill a GPU: two on each
 
 class Shape(NamedTuple):
     """What the operands of a plan look like, and which kernel takes them: this program of columns.h, or attend.h with
-    this group (rows of a tile of keys and of values, warps, words fetched ahead, blocks of queries)."""
+    this group (rows of a tile of keys and of values, warps, words fetched ahead, queries)."""
 
     place: str
     dtype: mx.Dtype
@@ -57,7 +57,7 @@ class Shape(NamedTuple):
     @property
     def row_tiles(self) -> int:
         """Thread groups that share a split."""
-        return -(-self.rows // (launches.QUERIES * self.group[4] if self.group else columns.QUERIES))
+        return -(-self.rows // (self.group[4] if self.group else columns.QUERIES))
 
     @property
     def tokens(self) -> int:
@@ -127,8 +127,8 @@ def _reader(
     program, stage, *tables = _tables(keys, values, dtype == mx.float32, place, program)
     together, group = query_heads // heads, None
     if program is None:
-        blocks = launches.blocks_of(together * length, place)
-        group = (*launches.group_of(key_dims, value_dims, dtype.size, stage, blocks, place), stage, blocks)
+        own = launches.queries_of(together * length, place)
+        group = (*launches.group_of(key_dims, value_dims, dtype.size, stage, own, place), stage, own)
     shape = Shape(place, dtype, batch, heads, together, length, key_dims, value_dims, program, group)
     codes, chunks = snapshot.codes
     return Reader(shape, codes.words, chunks, (*tables, keys.mean, values.synthesis, values.mean))
@@ -231,7 +231,7 @@ def _attend_launch(plan: Plan, o: Operands) -> Launch:
     """The launch of attend.h."""
     shape = plan.shape
     assert shape.group is not None
-    key_rows, value_rows, warps, stage, blocks = shape.group
+    key_rows, value_rows, warps, stage, queries = shape.group
     every = (shape.planes, plan.splits, shape.rows)
     element = shape.dtype.size
     dims = shape.key_dims, shape.value_dims
@@ -243,9 +243,9 @@ def _attend_launch(plan: Plan, o: Operands) -> Launch:
         [mx.float32, mx.float32],
         (plan.splits, shape.planes, shape.row_tiles),
         warps * 32,
-        launches.shared_bytes(*dims, max(key_rows, value_rows), element, warps, stage, blocks, shape.place),
+        launches.shared_bytes(*dims, max(key_rows, value_rows), element, warps, stage, queries, shape.place),
         (("T", shape.dtype), ("DK", dims[0]), ("DV", dims[1]), ("KROWS", key_rows), ("VROWS", value_rows),
-         ("WARPS", warps), ("STAGE", stage), ("BLOCKS", blocks)),
+         ("WARPS", warps), ("STAGE", stage), ("QUERIES", queries)),
     )  # fmt: skip
 
 
