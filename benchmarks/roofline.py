@@ -43,7 +43,7 @@ CHIPS = {
 LANES, SHIFT_LANES, MATRIX_LANES = 128, 32, 102
 # There, "On-Chip Memory", bytes of a core for thread groups; and "ALU Bottlenecks", cycles of an FMA in half precision
 # by SIMD groups on a core, four instructions of each group independent.
-CORE_BYTES = 60_000
+CORE_BYTES = launches.METAL_CORE_BYTES
 CYCLES = {4: 1.79, 8: 1.29, 88: 1.02}
 COUNTED = {
     "helpers.h": (

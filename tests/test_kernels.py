@@ -129,6 +129,20 @@ def test_a_group_takes_no_more_queries_than_there_are(place, group, length, expe
     assert plan.shape.row_tiles == -(-group * length // expected)
 
 
+@pytest.mark.parametrize(
+    ("dims", "queries", "expected", "of_a_core"),
+    [(64, 4, (32, 32, 4), 8), (128, 4, (32, 32, 4), 8), (128, 16, (32, 32, 2), 6), (80, 8, (80, 80, 2), 4),
+     (112, 4, (112, 112, 1), 2), (256, 8, (32, 32, 2), 6)],
+)  # fmt: skip
+def test_as_many_warps_as_a_core_of_metal_has_room_for(dims, queries, expected, of_a_core):
+    """With tiles of 32 rows or more: lower ones are passed too often."""
+    rows, _, warps = found = launches.group_of(dims, dims, 2, 0, queries, "metal")
+    needed = launches.shared_bytes(dims, dims, rows, 2, warps, 0, queries, "metal")
+    assert found == expected
+    assert needed <= launches.METAL_BYTES
+    assert launches.METAL_CORE_BYTES // needed * warps == of_a_core
+
+
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize(("group", "length"), [(1, 1), (3, 1), (5, 1), (7, 1), (4, 2), (3, 3), (7, 4)])
 def test_groups_of_every_size(group, length, place):

@@ -180,11 +180,6 @@ def _without_array(kind: str) -> tuple[int, tuple[int, int, int, int], mx.array,
     return MASK_KINDS[kind], (0, 0, 0, 0), nothing(mx.uint8), nothing(mx.float32)
 
 
-def tile_rows(dims: int, most: int) -> int:
-    """Dims that a tile holds at once: the largest divisor of `dims` that is a multiple of 16 and at most `most`."""
-    return max((n for n in range(16, most + 1, 16) if dims % n == 0), default=16)
-
-
 def queries_of(rows: int, place: str) -> int:
     """Of so many of a KV head, those that a thread group takes. The matrix units of CUDA take sixteen."""
     return next((n for n in QUERIES if rows <= n), QUERIES[-1]) if place == "metal" else QUERIES[-1]
@@ -215,12 +210,11 @@ def group_of(
     def need(rows: int, warps: int) -> int:
         return shared_bytes(key_dims, value_dims, rows, element, warps, stage, queries, place)
 
-    if place == "metal":  # two warps, unless their tiles, of values alone, would be much too low
-        every = range(16, value_dims + 1, 16)
-        rows = {w: max((n for n in every if need(n, w) <= METAL_BYTES), default=16) for w in (1, 2)}
-        rows = {w: tile_rows(value_dims, n) for w, n in rows.items()}
-        warps = 2 if rows[2] >= 32 else 1
-        return rows[warps], rows[warps], warps
+    if place == "metal":  # as many warps of a core as find room for tiles, of values alone, that are not much too low
+        divisors = [n for n in range(16, value_dims + 1, 16) if value_dims % n == 0] or [16]
+        found = [(n, w) for n in divisors for w in (1, 2, 4) if need(n, w) <= METAL_BYTES] or [(16, 1)]
+        rows, warps = max(found, key=lambda own: (own[0] >= 32, METAL_CORE_BYTES // need(*own) * own[1], *own))
+        return rows, rows, warps
     most = max(key_dims, value_dims)
     fitting = [w for w in range(4, 7) if need(most, w) <= 115_600]  # beside a second group
     alone = [w for w in range(1, 7) if need(most, w) <= GROUP_BYTES]
@@ -234,7 +228,7 @@ def head_words(keys: SpectralQuantizer, values: SpectralQuantizer) -> int:
     return max(sum(s[h + 1] - s[h] for s in starts) for h in range(keys.layout.heads))
 
 
-METAL_BYTES = 32_768  # of a thread group
+METAL_BYTES, METAL_CORE_BYTES = 32_768, 60_000  # of a thread group, and for all that a core works on at once
 
 
 def encode(quantizer: SpectralQuantizer, x: mx.array) -> Launch:
