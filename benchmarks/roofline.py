@@ -54,6 +54,7 @@ COUNTED = {
         "odd = (turned & odd_low * VqFields<W>::mask) | (one & odd_low) >> 1;",
         "const vq_half2 h = vq_as_half2((x & (mask | mask << 16)) | 0x64006400u);",
         "ea = ea >> 2 * W, eb = eb >> 2 * W, oa = oa >> 2 * W, ob = ob >> 2 * W;",
+        "const VqPiece p = vq_piece(book.pieces + i * VQ_PIECE_INTS);",
         "if (To::passes > 1 && (p.first >= to.first + to.rows || p.first + p.slots * p.words <= to.first)) continue;",
         "vq_word<W, RING, FULL>(a >> p.shift, b >> p.shift, p.slots, c, h, to, p.first + w, p.words);",
     ),
@@ -82,6 +83,10 @@ class Work(NamedTuple):
 
 
 TURN = Work(17, 6)  # vq_turn, of one word
+VISIT = Work(
+    12
+)  # of a piece, in every pass, of each two tokens: its seven numbers, whether it has rows here, the switch
+OPENED = Work(15)  # and of one that has: coefficients, also in half precision, and the loop's beginning
 FETCHED = Work(9, 2)  # of a pair: load, a >> shift and b >> shift, and the loop over words with its addresses
 STEP = Work(1)  # of a slot: its address
 SEVERAL = Work(5)  # and besides, where a tile has not room for all rows: whether this one is in it
@@ -152,6 +157,7 @@ def by_width(plan: Plan, passes: int) -> tuple[Work, float, dict[str, int]]:
             numbers += layout.heads * quantizer.head_dim
             words += layout.words
             for width, ring, slots, count, decoded in segments(layout, quantizer.head_dim // own):
+                total = total.plus(VISIT, own / 2).plus(OPENED, decoded / 2)
                 total = total.plus(word_pair(width, ring, slots, decoded, own > 1), count / 2)  # of one token
                 widths[f"{width}{' in rings' if ring else ''}"] += slots * count
     widths["0"] = numbers - sum(widths.values())
@@ -168,9 +174,10 @@ def products(rows: int) -> float:
     queries, and is loaded by two instructions of each of 32 lanes.
     """
     keys = (2 * GROUP + math.ceil(GROUP / 4) + GROUP + 2 - 1) / 2
+    spread = (2 * 2 * GROUP + 2 * rows) / (2 * DIMS)  # scores written, read as fragments, and their place zeroed
     values = rows / 8 * 8 * LANES / MATRIX_LANES + 1
     softmax = 7 * rows / (2 * DIMS)  # maximum, difference, exp2, comparison, choice, sum, rounding of each score
-    return (keys + values) / 2 + softmax
+    return (keys + spread + values) / 2 + softmax
 
 
 def predict(decoding: Work, bits: float, rows: int, simd_groups: int) -> dict[str, dict[str, float]]:

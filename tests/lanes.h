@@ -40,7 +40,8 @@ class VqFibers {
     // By turns the first warp is ahead, the last one, or all are in step: warps that do not wait for each other where they
     // must are wrong in one of these orders, and those that write each other's memory in the last.
     static unsigned groups = 0;
-    const unsigned order = groups++ % 3;
+    const unsigned order = groups % 3;
+    descending_ = groups++ / 3 % 2;  // so do lanes of a warp
     const int warps = (threads + 31) / 32;
     for (bool left = true; left;) {
       left = false;
@@ -125,7 +126,8 @@ class VqFibers {
   // Its lanes to their next barriers; whether any of them is left.
   bool resume_warp(size_t first) {
     bool left = false;
-    for (size_t i = first; i < end_of(first); ++i) {
+    for (size_t n = first; n < end_of(first); ++n) {
+      const size_t i = descending_ ? first + end_of(first) - 1 - n : n;
       if (!fibers_[i].done && !fibers_[i].waits) resume(i);
       left |= !fibers_[i].done;
     }
@@ -143,4 +145,5 @@ class VqFibers {
   float given_[2][1024 * 4];
   jmp_buf home_;
   int lane_ = 0;
+  bool descending_ = false;
 };

@@ -129,6 +129,12 @@ def test_a_group_takes_no_more_queries_than_there_are(place, group, length, expe
     assert plan.shape.row_tiles == -(-group * length // expected)
 
 
+def test_what_is_tried_before_use_is_of_every_number_of_queries():
+    """Or a program would be used that nobody tried."""
+    tried = [doctor.Case(**own) for own in doctor.FIRST]
+    assert {launches.queries_of(case.group * case.length, "metal") for case in tried} == set(launches.QUERIES)
+
+
 @pytest.mark.parametrize(
     ("dims", "queries", "expected", "of_a_core"),
     [(64, 4, (32, 32, 4), 8), (128, 4, (32, 32, 4), 8), (128, 16, (32, 32, 2), 6), (80, 8, (80, 80, 2), 4),
@@ -151,10 +157,11 @@ def test_groups_of_every_size(group, length, place):
     assert error <= doctor.allowed(case, own)
 
 
+@pytest.mark.parametrize("case", [doctor.Case(), doctor.Case(bits=0.5, dtype=mx.float32)], ids=str)
 @pytest.mark.parametrize("place", PLACES)
-def test_what_is_no_number_is_not_taken_for_nothing(place):
+def test_what_is_no_number_is_not_taken_for_nothing(place, case):
     """A query of NaN gives NaN, and to others nothing; a row of which nothing is visible gives zero."""
-    p = doctor.problem(doctor.Case(length=2, batch=2))
+    p = doctor.problem(dataclasses.replace(case, length=2, batch=2))
     queries = mx.array(p.queries)
     queries[0, 3, 1, 5] = float("nan")
     mask = mx.ones((2, 1, 2, p.held.length), mx.bool_)

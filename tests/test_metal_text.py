@@ -17,6 +17,8 @@ CASES = [
     doctor.Case(192, 128),
     *(doctor.Case(d, d, dtype=t, bits=2.25, sinks=True) for d in (64, 128) for t in (mx.bfloat16, mx.float32)),
     doctor.Case(256, 256, dtype=mx.bfloat16),
+    *(doctor.Case(d, d, length=16, dtype=t) for d, t in ((64, mx.float16), (128, mx.float32), (256, mx.float16))),
+    doctor.Case(64, 64, length=2),
     SMALL,
 ]
 TEXT = """

@@ -119,9 +119,10 @@ def test_the_slowest_pipe_decides_a_prediction():
     assert memory["full_us"] == memory["latency_us"] == pytest.approx(numbers * 50 / 273e3)
     waiting = roofline.predict(work, 2.0, 16, 4)["M1 Max"]
     assert waiting["latency_us"] == pytest.approx(1.79 * full["M1 Max"])
-    assert roofline.products(16) - roofline.products(8) == pytest.approx(8 * 128 / 102 / 2 + 7 * 8 / 256)
+    assert roofline.products(16) - roofline.products(8) == pytest.approx(8 * 128 / 102 / 2 + 8 / 256 + 7 * 8 / 256)
     scored = (8 + 1 + 4 + 2 - 1) / 2  # products with four queries, their load, what comes from halves; less the store
-    assert roofline.products(8) == pytest.approx((scored + 8 * 128 / 102 + 1) / 2 + 7 * 8 / 256)
+    spread = (2 * 8 + 2 * 8) / 256
+    assert roofline.products(8) == pytest.approx((scored + spread + 8 * 128 / 102 + 1) / 2 + 7 * 8 / 256)
 
 
 def test_widths_of_a_plan_are_counted_by_its_layouts():

@@ -62,7 +62,7 @@ FEWER = 2.0, 1.5, 1.0, 0.75, 0.5
 FIRST: tuple[dict[str, Any], ...] = (
     {"bits": 2.25, "tokens": 200},
     {"bits": 3.0, "length": 2, "mask": "causal", "tokens": 160},
-    {"bits": 1.0, "batch": 2, "mask": "bool", "tokens": 160},
+    {"bits": 1.0, "batch": 2, "length": 3, "mask": "bool", "tokens": 160},
 )
 
 

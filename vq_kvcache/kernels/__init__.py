@@ -3,7 +3,8 @@
 header = a prelude (metal.h, cuda.h; host.h in tests) + helpers + body; source = the back-end's prologue + one call.
 CUDA's compiler is told to include the files: MLX hashes a kernel's whole source whenever it evaluates one.
 Numbers that change from step to step come in `params`, widths and words in `table`, so few variants for each dtype and
-head_dim serve the layers of a model: those with more columns or words have others, of more shared memory.
+head_dim serve the layers of a model: those with more columns or words have others, of more shared memory; so have
+more queries at once.
 """
 
 import dataclasses

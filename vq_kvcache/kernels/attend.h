@@ -5,7 +5,8 @@
 // together. Scores are in bits: exp2 is cheaper than exp.
 //
 // A warp takes 64 packed tokens at a time. Each lane turns the words of two tokens into levels, which lie in a tile
-// [dims, tokens] that only this warp sees; scores and weighted sums are products with the tile by the matrix units.
+// [dims, tokens] that only this warp sees; scores and weighted sums are products with the tile by the matrix units. Where
+// VQ_DIRECT is set, a lane scores levels of keys itself, and only values lie in tiles.
 
 // Positions in `params`, int32.
 enum {
@@ -290,36 +291,30 @@ VQ_FN void vq_take(VQ_THREAD VqScores<E, QUERIES>& to, VQ_SHARED(const E) at, vq
   vq_take(to, at, own);
 }
 
-// Where the score of a query and a token lies, in floats, in a tile of E: there a lane writes no numbers but those of its own
-// tokens.
-template <typename E>
-VQ_FN int vq_score_place(int query, int token) {
-  enum { IN_FLOAT = 4 / sizeof(E), OWN = 2 / IN_FLOAT };  // of E; floats of a lane in a row of the tile
-  const int own = 2 * query + token % 2;
-  return own / OWN * (VQ_STRIDE / IN_FLOAT) + token / 2 * OWN + own % OWN;
-}
-
-// Scores as tokens' lanes have them -> fragments; rows of no query are zero, and so is `space` afterwards.
+// Scores as tokens' lanes have them -> fragments; rows of no query are zero, and so is `space` [QUERIES, VQ_STRIDE] afterwards:
+// it is the memory of a tile, and what is never written there must not be NaN.
 template <typename E, int QUERIES, int HELD>
-VQ_FN void vq_spread(VQ_THREAD float (&s)[8][HELD], VQ_THREAD const VqScores<E, QUERIES>& from, VQ_SHARED(float) space, int lane) {
+VQ_FN void vq_spread(VQ_THREAD float (&s)[8][HELD], VQ_THREAD const VqScores<E, QUERIES>& from, VQ_SHARED(float) space,
+                     int lane) {
   VQ_UNROLL
   for (int r = 0; r < QUERIES; ++r) {
     VQ_UNROLL
-    for (int i = 0; i < 2; ++i) space[vq_score_place<E>(r, 2 * lane + i)] = from.s[r][i];
+    for (int i = 0; i < 2; ++i) space[r * VQ_STRIDE + 2 * lane + i] = from.s[r][i];
   }
   VQ_SYNC_WARP();
   VQ_UNROLL
   for (int e = 0; e < HELD; ++e) {
     const int row = VQ_ROW(lane) + e / 2 * 8;
     VQ_UNROLL
-    for (int n = 0; n < 8; ++n) s[n][e] = row < QUERIES ? space[vq_score_place<E>(row, n * 8 + VQ_COL(lane) + e % 2)] : 0.0f;
+    for (int n = 0; n < 8; ++n) s[n][e] = row < QUERIES ? space[row * VQ_STRIDE + n * 8 + VQ_COL(lane) + e % 2] : 0.0f;
   }
   VQ_SYNC_WARP();
   VQ_UNROLL
   for (int r = 0; r < QUERIES; ++r) {
     VQ_UNROLL
-    for (int i = 0; i < 2; ++i) space[vq_score_place<E>(r, 2 * lane + i)] = 0.0f;
+    for (int i = 0; i < 2; ++i) space[r * VQ_STRIDE + 2 * lane + i] = 0.0f;
   }
+  VQ_SYNC_WARP();
 }
 
 // Scores of one tile, in place, to weights; the running sums are brought to the new maximum.
@@ -372,9 +367,10 @@ VQ_FN void vq_hide(VQ_THREAD float (&s)[8][HELD], VQ_THREAD const VqTile& t, VqR
 // The running sums of all warps of the group -> the outputs of this split.
 template <int DV, int HELD>
 VQ_FN void vq_gather(VQ_THREAD VqRunning<DV, HELD>& running, VQ_SHARED(float) mean_score, VQ_IN(int) params,
-                     VQ_OUT(float) sums, VQ_OUT(float) outputs, VQ_SHARED(float) shared, VQ_THREAD const VqPlace& at, int warps) {
-  enum { QUERIES = 4 * HELD };
-  VQ_SHARED(float) tops = shared + warps * QUERIES * DV;  // after the outputs: [warps, QUERIES] tops, then sums
+                     VQ_OUT(float) sums, VQ_OUT(float) outputs, VQ_SHARED(float) shared, VQ_THREAD const VqPlace& at,
+                     int warps) {
+  enum { ROWS = 4 * HELD };
+  VQ_SHARED(float) tops = shared + warps * ROWS * DV;  // after the outputs: [warps, ROWS] tops, then sums
   VQ_SYNC_GROUP();
   VQ_UNROLL
   for (int side = 0; side < HELD / 2; ++side) {
@@ -382,11 +378,11 @@ VQ_FN void vq_gather(VQ_THREAD VqRunning<DV, HELD>& running, VQ_SHARED(float) me
     float sum = running.sum[side];
     sum += vq_shuffle_xor(sum, VQ_ROW_A);
     sum += vq_shuffle_xor(sum, VQ_ROW_B);
-    tops[at.warp * QUERIES + row] = running.top[side];
-    tops[(warps + at.warp) * QUERIES + row] = sum;
+    tops[at.warp * ROWS + row] = running.top[side];
+    tops[(warps + at.warp) * ROWS + row] = sum;
     VQ_UNROLL
     for (int n = 0; n < DV / 8; ++n) {
-      VQ_SHARED(float) out = shared + (at.warp * QUERIES + row) * DV + n * 8 + VQ_COL(at.lane);
+      VQ_SHARED(float) out = shared + (at.warp * ROWS + row) * DV + n * 8 + VQ_COL(at.lane);
       out[0] = running.output[n][2 * side], out[1] = running.output[n][2 * side + 1];
     }
   }
@@ -396,11 +392,11 @@ VQ_FN void vq_gather(VQ_THREAD VqRunning<DV, HELD>& running, VQ_SHARED(float) me
   for (int i = at.warp * 32 + at.lane; i < rows * DV; i += warps * 32) {
     const int row = i / DV;
     float top = VQ_LOWEST, sum = 0.0f, out = 0.0f;
-    for (int w = 0; w < warps; ++w) top = vq_max(top, tops[w * QUERIES + row]);
+    for (int w = 0; w < warps; ++w) top = vq_max(top, tops[w * ROWS + row]);
     for (int w = 0; w < warps; ++w) {
-      const float share = vq_exp2(tops[w * QUERIES + row] - top);
-      sum += share * tops[(warps + w) * QUERIES + row];
-      out += share * shared[(w * QUERIES + row) * DV + i % DV];
+      const float share = vq_exp2(tops[w * ROWS + row] - top);
+      sum += share * tops[(warps + w) * ROWS + row];
+      out += share * shared[(w * ROWS + row) * DV + i % DV];
     }
     outputs[base * DV + i] = out;
     if (i % DV == 0) sums[2 * (base + row)] = top + mean_score[row], sums[2 * (base + row) + 1] = sum;
@@ -489,7 +485,7 @@ VQ_FN void vq_attend_packed(VQ_IN(T) q, VQ_CHUNK_ARGUMENTS, VqRows held, VQ_IN(f
       for (int e = 0; e < HELD; ++e) s[n][e] = 0.0f;
     }
     VQ_LOOP
-    for (int part = 0; part < 2; ++part) {  // keys, then values: a loop, so that the decoder is in the program once
+    for (int part = 0; part < 2; ++part) {  // keys, then values: a loop, so that a decoder is in the program once, or twice where VQ_DIRECT
       const VqBook book = part ? value_book : key_book;
       const int rows = part ? VROWS : KROWS, passes = part ? DV / VROWS : VQ_DIRECT ? 0 : DK / KROWS;
 #if VQ_STAGED

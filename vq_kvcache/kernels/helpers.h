@@ -163,7 +163,8 @@ VQ_FN void vq_word(uint a, uint b, int slots, VQ_SHARED(const float) c, VQ_THREA
     VQ_UNROLL
     for (int s = 0; s < 32 / W; ++s) {
       if (To::passes == 1 || (row >= to.first && row < to.first + to.rows))
-        vq_take(to, at, vq_level_pair<W, RING>(s % 2 ? oa : ea, s % 2 ? ob : eb, s / 2 * 2 * W + (s % 2 ? odd : 0), c, h, kind));
+        vq_take(to, at,
+                vq_level_pair<W, RING>(s % 2 ? oa : ea, s % 2 ? ob : eb, s / 2 * 2 * W + (s % 2 ? odd : 0), c, h, kind));
       at += next;
       if (To::passes > 1) row += step;
     }
@@ -212,7 +213,8 @@ VQ_FN void vq_decode_rings(VQ_THREAD const VqPiece& p, Q words, int stride, bool
   }
 }
 
-// All pieces of a head into a tile, or what else takes levels. words: of this batch row, from its first word and this lane's first token on.
+// All pieces of a head into a tile, or what else takes levels. words: of this batch row, from its first word and this lane's
+// first token on.
 template <typename Q, typename To>
 VQ_FN void vq_decode_tile(VQ_THREAD const VqBook& book, Q words, int stride, bool held, VQ_THREAD To& to) {
   VQ_SHARED(const float) levels = book.levels;

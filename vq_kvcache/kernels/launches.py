@@ -192,7 +192,7 @@ def shared_bytes(
     blocks = -(-queries // 8)
     scratch = 4096 if place == "host" or (place == "cuda" and element == 4) else 0
     head = 128 + 2 * BOOK_BYTES
-    folded = queries * (key_dims + 8) * element
+    folded = queries * (key_dims + (0 if place == "metal" else 8)) * element
     tile = max(rows * 72 * element, 4 * 72 * queries if place == "metal" else 0)
     packed = head + folded + warps * (256 * stage + scratch + tile)
     folding = head + folded + 4 * queries * key_dims

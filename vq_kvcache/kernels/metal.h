@@ -17,7 +17,7 @@ using namespace metal;
 #define VQ_LOOP _Pragma("clang loop unroll(disable)")
 #define VQ_SYNC_GROUP() threadgroup_barrier(mem_flags::mem_threadgroup)
 #define VQ_SYNC_WARP() simdgroup_barrier(mem_flags::mem_threadgroup)
-enum { VQ_TOKENS = 64, VQ_STRIDE = 72, VQ_PAD = 8 };
+enum { VQ_TOKENS = 64, VQ_STRIDE = 72, VQ_PAD = 0 };
 #define VQ_SCRATCH(E) 0
 #define VQ_DIRECT 1  // keys are scored as they come: matrix units do no more a cycle than lanes, and empty rows as well
 #define VQ_STAGED 0  // nothing copies to threadgroup memory in the background
@@ -25,7 +25,8 @@ enum { VQ_TOKENS = 64, VQ_STRIDE = 72, VQ_PAD = 8 };
 typedef half vq_half;
 typedef half2 vq_half2;
 
-// Two 8 x 8 matrices, rows 0-7 and 8-15, as a SIMD group holds them: each lane has two neighbours of a row.
+// Matrices of 8 x 8, rows 0-7 and, if there are so many, 8-15, as a SIMD group holds them: each lane has two neighbours of
+// a row.
 #define VQ_ROW(lane) (((lane) / 4 & 4) + (lane) / 2 % 4)
 #define VQ_COL(lane) (((lane) / 4 & 2) * 2 + (lane) % 2 * 2)
 #define VQ_ROW_A 1
