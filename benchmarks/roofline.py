@@ -41,9 +41,8 @@ CHIPS = {
 # A core and cycle, of M1 and M2, taken for M3 and M4 too: github.com/philipturner/metal-benchmarks, "Operations per
 # Second" (bitwise, add and FMA 128; shift, extract and exp2 32; FMA inside matrix products 102).
 LANES, SHIFT_LANES, MATRIX_LANES = 128, 32, 102
-# There, "On-Chip Memory", bytes of a core for thread groups; and "ALU Bottlenecks", cycles of an FMA in half precision
-# by SIMD groups on a core, four instructions of each group independent.
-CORE_BYTES = launches.METAL_CORE_BYTES
+# There, "ALU Bottlenecks", cycles of an FMA in half precision by SIMD groups on a core, four instructions of each group
+# independent.
 CYCLES = {4: 1.79, 8: 1.29, 88: 1.02}
 COUNTED = {
     "helpers.h": (
@@ -83,10 +82,9 @@ class Work(NamedTuple):
 
 
 TURN = Work(17, 6)  # vq_turn, of one word
-VISIT = Work(
-    12
-)  # of a piece, in every pass, of each two tokens: its seven numbers, whether it has rows here, the switch
-OPENED = Work(15)  # and of one that has: coefficients, also in half precision, and the loop's beginning
+# Of a piece, of two tokens: in every pass its seven numbers, whether it has rows there, and the switch; in one that
+# has, coefficients, also in half precision, and the loop's beginning.
+VISIT, OPENED = Work(12), Work(15)
 FETCHED = Work(9, 2)  # of a pair: load, a >> shift and b >> shift, and the loop over words with its addresses
 STEP = Work(1)  # of a slot: its address
 SEVERAL = Work(5)  # and besides, where a tile has not room for all rows: whether this one is in it
@@ -143,7 +141,7 @@ def on_metal() -> tuple[int, int]:
     queries = launches.queries_of(GROUP, "metal")
     rows, _, warps = launches.group_of(DIMS, DIMS, 2, 0, queries, "metal")
     needed = launches.shared_bytes(DIMS, DIMS, rows, 2, warps, 0, queries, "metal")
-    return DIMS // rows, CORE_BYTES // needed * warps
+    return DIMS // rows, launches.METAL_CORE_BYTES // needed * warps
 
 
 def by_width(plan: Plan, passes: int) -> tuple[Work, float, dict[str, int]]:
@@ -175,7 +173,7 @@ def products(rows: int) -> float:
     """
     keys = (2 * GROUP + math.ceil(GROUP / 4) + GROUP + 2 - 1) / 2
     spread = (2 * 2 * GROUP + 2 * rows) / (2 * DIMS)  # scores written, read as fragments, and their place zeroed
-    values = rows / 8 * 8 * LANES / MATRIX_LANES + 1
+    values = rows * LANES / MATRIX_LANES + 1
     softmax = 7 * rows / (2 * DIMS)  # maximum, difference, exp2, comparison, choice, sum, rounding of each score
     return (keys + spread + values) / 2 + softmax
 

@@ -30,7 +30,6 @@ from calibration import LLAMA_8B, random_model
 from mlx import nn
 from mlx_lm.generate import GenerationBatch, StopSequences, generate_step, generation_stream
 from mlx_lm.models.cache import BatchKVCache, KVCache
-from speed_tables import ALONE
 from tqdm import tqdm
 
 from vq_kvcache import SpectralKVCache, doctor, kernels
@@ -51,6 +50,7 @@ WARM = 8 + 4 * BLOCK  # steps before the turns: what packs is compiled; the 8 ke
 ROUNDS = 4  # turns of BLOCK steps that count: an even number, for a batch packs two blocks at a time
 STEADY = 3  # of these, before mlx-lm's cache grows again, which it does every 256 tokens
 IDLE = 2  # a turn's first intervals: the step built ahead of them has run in the meantime, so that the GPU waits
+ALONE = ", alone"  # what took no turns, in names
 Rows = dict[str, Any]
 Turn = list[tuple[float, int]]  # a moment, and the codes held at it: before the first step, and behind each
 

@@ -7,7 +7,6 @@ import statistics
 from collections.abc import Iterable
 from typing import Any
 
-ALONE = ", alone"  # what took no turns, in names
 KERNELS = pathlib.Path(__file__).resolve().parent.parent / "vq_kvcache" / "kernels"
 Result = dict[str, Any]
 
@@ -72,10 +71,9 @@ def decoding(result: Result) -> str:
     ]
     for shape, rows in cells.items():
         for kind, row in rows.items():
-            name = kind if row.get("turns_with") or not by_turns else f"{kind.removesuffix(ALONE)}{ALONE}"
             packing = f"{row['packing_ms']:.2f} ms ({row['packing_ms'] / row['mean_ms']:.1%})"
             lines.append(
-                f"| {shape} | {name} | {_gigabytes(row['nbytes'])} | "
+                f"| {shape} | {kind} | {_gigabytes(row['nbytes'])} | "
                 f"{row['median_ms']:.2f} ms | {_times_as_fast(rows, kind)} | {row['build_ms']:.1f} ms | "
                 f"{packing if _is_spectral(kind) else ''} | {row['append_ms']:.2f} ms | "
                 f"{_gigabytes(row['steady_peak_above_nbytes'])} |"

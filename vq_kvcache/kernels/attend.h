@@ -423,8 +423,8 @@ struct VqSpace {
   };
 };
 
-// Packed tokens. KROWS, VROWS: dims of keys, if they go through a tile, and of values that it holds at once. STAGE: words of keys and values of
-// a head that a warp fetches ahead; 0 for none.
+// Packed tokens. KROWS, VROWS: dims of keys, if they go through a tile, and of values that it holds at once. STAGE: words of
+// keys and values of a head that a warp fetches ahead; 0 for none.
 template <typename T, typename E, int DK, int DV, int KROWS, int VROWS, int WARPS, int STAGE, int QUERIES>
 VQ_FN void vq_attend_packed(VQ_IN(T) q, VQ_CHUNK_ARGUMENTS, VqRows held, VQ_IN(float) fold, VQ_IN(float) mean,
                             VQ_IN(int) table, VQ_IN(float) levels, VQ_IN(int) params, float scale,
@@ -485,7 +485,8 @@ VQ_FN void vq_attend_packed(VQ_IN(T) q, VQ_CHUNK_ARGUMENTS, VqRows held, VQ_IN(f
       for (int e = 0; e < HELD; ++e) s[n][e] = 0.0f;
     }
     VQ_LOOP
-    for (int part = 0; part < 2; ++part) {  // keys, then values: a loop, so that a decoder is in the program once, or twice where VQ_DIRECT
+    // Keys, then values: a loop, so that the decoder is in the program once; twice where VQ_DIRECT.
+    for (int part = 0; part < 2; ++part) {
       const VqBook book = part ? value_book : key_book;
       const int rows = part ? VROWS : KROWS, passes = part ? DV / VROWS : VQ_DIRECT ? 0 : DK / KROWS;
 #if VQ_STAGED

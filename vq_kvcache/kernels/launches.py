@@ -228,7 +228,9 @@ def head_words(keys: SpectralQuantizer, values: SpectralQuantizer) -> int:
     return max(sum(s[h + 1] - s[h] for s in starts) for h in range(keys.layout.heads))
 
 
-METAL_BYTES, METAL_CORE_BYTES = 32_768, 60_000  # of a thread group, and for all that a core works on at once
+# Of a thread group, and for all that a core works on at once: "On-Chip Memory" in
+# github.com/philipturner/metal-benchmarks.
+METAL_BYTES, METAL_CORE_BYTES = 32_768, 60_000
 
 
 def encode(quantizer: SpectralQuantizer, x: mx.array) -> Launch:
